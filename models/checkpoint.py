@@ -22,7 +22,7 @@ from moray.kernels.quantize import BLOCK
 from moray.models.config import ModelConfig
 from moray.models.expert_parallel.stages import Dispatcher
 from moray.models.model import DeepseekV3
-from moray.models.safetensors_folder import DTYPES, SHARD_BYTES, FolderReader, FolderWriter
+from moray.models.safetensors_folder import DTYPES, SHARD_BYTES, Audit, FolderReader, FolderWriter
 from moray.models.tensors import (
     Shape,
     bias_shapes,
@@ -80,20 +80,21 @@ def write_folder(
     tensors: Iterable[tuple[str, Tensor]],
     precision: str = "float32",
     shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Writes logical tensors, in any order, as a Hugging Face folder; holds one tensor in memory at a time.
+) -> Audit:
+    """Writes logical tensors, in any order, as a Hugging Face folder; holds one tensor in memory at a time. Returns the
+    number of tensors and values that it has written, all of them checked.
 
     Router biases stay FP32 at any precision. Raises ValueError for an unknown precision. Raises ValueError with the
     tensor's name if a tensor is not in the config, missing, misshapen or not finite.
     """
-    write_weights(folder, config, (Weight(name, tensor) for name, tensor in tensors), precision, shard_bytes)
+    return write_weights(folder, config, (Weight(name, tensor) for name, tensor in tensors), precision, shard_bytes)
 
 
-def convert(source: str | Path, folder: str | Path, precision: str, shard_bytes: int = SHARD_BYTES) -> None:
-    """Converts the model of one folder to another folder in `precision`, one tensor at a time. Raises the errors of
-    `load` and `write_folder`."""
+def convert(source: str | Path, folder: str | Path, precision: str, shard_bytes: int = SHARD_BYTES) -> Audit:
+    """Converts the model of one folder to another folder in `precision`, one tensor at a time. Returns what
+    `write_folder` returns. Raises the errors of `load` and `write_folder`."""
     checked = CheckedFolder(source)
-    write_weights(folder, checked.config, checked.weights(), precision, shard_bytes)
+    return write_weights(folder, checked.config, checked.weights(), precision, shard_bytes)
 
 
 def write_weights(
@@ -102,7 +103,7 @@ def write_weights(
     weights: Iterable[Weight],
     precision: str,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
+) -> Audit:
     """`write_folder` for weights, some of which may be FP8."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} must be one of {', '.join(PRECISIONS)}")
@@ -127,6 +128,7 @@ def write_weights(
             raise ValueError(f"{len(expected)} tensors are missing, the first {next(iter(expected))!r}")
         hf = config.to_hf(PRECISIONS[precision])
         writer.finish(hf | {"quantization_config": _FP8_CONFIG} if precision == "fp8" else hf)
+    return writer.written
 
 
 def _check_values(weight: Weight, shape: Shape) -> None:
@@ -204,7 +206,8 @@ class CheckedFolder:
     """A folder whose names, dtypes and shapes agree with its config; values are checked as they are read.
 
     Without `mtp` the multi-token prediction layers are excluded. They are also excluded if the config declares them and
-    no tensor exists, because transformers writes such folders.
+    no tensor exists, because transformers writes such folders. audit: the tensors that were read whole, with their
+    values checked.
     """
 
     def __init__(self, folder: str | Path, mtp: bool = True) -> None:
@@ -217,6 +220,7 @@ class CheckedFolder:
             found -= skipped
             config = config.without_mtp()
         self.config = config
+        self.audit = Audit()
         self._shapes = checkpoint_shapes(config)
         self._check_entries(found)
 
@@ -225,6 +229,7 @@ class CheckedFolder:
         scales = self._reader.read(scale_name(name)) if self._is_fp8(name) else None
         weight = Weight(name, self._reader.read(name), scales)
         _check_values(weight, self._shapes[name])
+        self.audit.add(weight.tensor, weight.scales)
         return weight
 
     def read_wide(self, name: str) -> Tensor:
@@ -257,8 +262,12 @@ class CheckedFolder:
     def check_copies(self) -> None:
         """Raises ValueError if a copy of a shared tensor differs from the tensor."""
         for copy, source in shared_tensors(self.config).items():
-            if copy in self._reader and not self._equal(copy, source):
+            if copy not in self._reader:
+                continue
+            if not self._equal(copy, source):
                 raise ValueError(f"tensor {copy!r} differs from {source!r}, which it must share")
+            self.audit.tensors += 1
+            self.audit.values += math.prod(self._shapes[source])
 
     def _equal(self, name: str, other: str) -> bool:
         read, bands = self._reader.read, _bands(self._shapes[other])

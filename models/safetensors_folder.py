@@ -9,7 +9,9 @@ and `config.json` is removed first and written last. So a folder with a config i
 import json
 import os
 import struct
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
@@ -26,13 +28,30 @@ _TEMPORARY = ".part-{:05d}.safetensors"
 SHARD_BYTES = 2_000_000_000
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 
+_OPEN_FILES = 64  # at once: a large model has thousands of shards, and a process may open 1,024 files
+
 Layout = Mapping[str, tuple[str, Shape]]
+
+
+@dataclass
+class Audit:
+    """Number of tensors, and of their values, that were checked."""
+
+    tensors: int = 0
+    values: int = 0
+
+    def add(self, *tensors: Tensor | None) -> None:
+        for tensor in tensors:
+            if tensor is not None:
+                self.tensors += 1
+                self.values += tensor.numel()
 
 
 class FolderWriter:
     """Writes the tensors of `layout` (name -> safetensors dtype, shape) to a folder, replacing an existing model.
 
     A context manager: leaving it without `finish`, or with an error, leaves no model and no temporary files.
+    written: the tensors so far.
     """
 
     def __init__(self, folder: Path, layout: Layout, shard_bytes: int = SHARD_BYTES) -> None:
@@ -40,21 +59,21 @@ class FolderWriter:
         self._places: dict[str, tuple[int, int, int]] = {}  # name -> shard, offset in the file, bytes
         self._layout = layout
         self._shards = list(_shards(layout, shard_bytes))
-        self._files: list[BinaryIO] = []
+        self._files: OrderedDict[int, BinaryIO] = OrderedDict()  # open ones by shard, the last used one last
+        self.written = Audit()
 
     def __enter__(self) -> "FolderWriter":
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / CONFIG).unlink(missing_ok=True)
         for number, names in enumerate(self._shards):
-            file = (self._folder / _TEMPORARY.format(number)).open("wb")
-            self._files.append(file)
             header, begin = _header(self._layout, names), 0
-            file.write(header)
             for name in names:
                 size = _bytes(*self._layout[name])
                 self._places[name] = (number, len(header) + begin, size)
                 begin += size
-            file.truncate(len(header) + begin)
+            with self._path(number).open("wb") as file:
+                file.write(header)
+                file.truncate(len(header) + begin)
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -62,8 +81,25 @@ class FolderWriter:
         shard, offset, size = self._places.pop(name)
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         assert raw.nbytes == size
-        self._files[shard].seek(offset)
-        raw.tofile(self._files[shard])
+        file = self._open(shard)
+        file.seek(offset)
+        raw.tofile(file)
+        self.written.add(tensor)
+
+    def _open(self, shard: int) -> BinaryIO:
+        if shard not in self._files:
+            if len(self._files) == _OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+            self._files[shard] = self._path(shard).open("r+b")
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def _path(self, shard: int) -> Path:
+        return self._folder / _TEMPORARY.format(shard)
+
+    def _close(self) -> None:
+        while self._files:
+            self._files.popitem()[1].close()
 
     @property
     def missing(self) -> list[str]:
@@ -72,17 +108,17 @@ class FolderWriter:
 
     def finish(self, config: Mapping[str, Any]) -> None:
         """Renames the shards, removes files of an earlier model, and writes index and config."""
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+        self._close()
+        for number in range(len(self._shards)):
+            with self._path(number).open("r+b") as file:
+                os.fsync(file.fileno())
         for stale in [*self._folder.glob("model*.safetensors"), self._folder / INDEX]:
             stale.unlink(missing_ok=True)
         count = len(self._shards)
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards):
             final = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            (self._folder / _TEMPORARY.format(number)).replace(self._folder / final)
+            self._path(number).replace(self._folder / final)
             weight_map |= dict.fromkeys(names, final)
         if count > 1:
             total = sum(_bytes(*entry) for entry in self._layout.values())
@@ -92,8 +128,7 @@ class FolderWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self._files:
-            file.close()
+        self._close()
         for path in self._folder.glob(".part-*"):
             path.unlink()
 

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from moray.pipelines.pretrain.step import checkpoint_folder, read_model_config, read_tokenizer_fingerprint
 from moray.pipelines.shared.chat_files import PLAIN_CHAT, TEMPLATE
+from moray.pipelines.shared.weight_audit import audit_counts, audit_text
 from moray.pipelines.tokenizer.bos import CONFIG, read_object_or_empty, write_with_bos
 from moray.pipelines.tokenizer.train import load_tokenizer, special_ids
 from moray.platform.core.atomic import write_json
@@ -51,7 +52,7 @@ class Export(Step[ExportConfig]):
                 "use the same tokenizer as the step tokenize",
             )
         config = read_model_config(source)
-        hugging_face.write_folder(ctx.folder, config, _tensors(ctx), ctx.config.precision)
+        audit = hugging_face.write_folder(ctx.folder, config, _tensors(ctx), ctx.config.precision)
         bos = special_ids(tokenizer.folder)["bos"]
         write_with_bos(tokenizer.folder, ctx.folder, load_tokenizer(tokenizer.folder).id_to_token(bos), bos)
         if ctx.config.chat_template == "plain" and "chat_template" not in read_object_or_empty(ctx.folder / CONFIG):
@@ -61,8 +62,9 @@ class Export(Step[ExportConfig]):
             {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "do_sample": True},
         )
         size = parameter_count(config)
-        ctx.counts |= {"out:parameters": size.total, "active_parameters": size.active}
-        ctx.outcome = f"{size.total / 1e6:.1f}M parameters ({size.active / 1e6:.1f}M active), {ctx.config.precision}"
+        ctx.counts |= {"out:parameters": size.total, "active_parameters": size.active, **audit_counts(audit)}
+        parameters = f"{size.total / 1e6:.1f}M parameters ({size.active / 1e6:.1f}M active), {ctx.config.precision}"
+        ctx.outcome = f"{parameters}; {audit_text(audit)}"
 
 
 def _tensors(ctx: StepContext[ExportConfig]) -> Iterator[tuple[str, Any]]:

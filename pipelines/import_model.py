@@ -16,6 +16,7 @@ from pydantic import Field
 
 from moray.models.files import model_files, read_object
 from moray.pipelines.shared.chat_files import TEMPLATE
+from moray.pipelines.shared.weight_audit import audit_counts, audit_text
 from moray.pipelines.tokenizer.bos import CONFIG, TOKENIZER, adds_bos_token, named_token, processor_bos, write_with_bos
 from moray.pipelines.tokenizer.train import load_tokenizer
 from moray.platform.core.errors import InputError
@@ -74,10 +75,11 @@ class ImportModel(Step[ImportConfig]):
             if ctx.config.precision == "as-is":
                 for _ in _with_progress(ctx, "checking", checked):
                     pass
+                audit = checked.audit
                 _copy(ctx, folder, model_files(folder))
             else:
                 weights = _with_progress(ctx, "converting", checked)
-                write_weights(ctx.folder, checked.config, weights, ctx.config.precision)
+                audit = write_weights(ctx.folder, checked.config, weights, ctx.config.precision)
         except (ValueError, FileNotFoundError) as error:
             raise InputError(
                 str(error), "the folder must hold a DeepSeek-V3 model in the Hugging Face layout"
@@ -89,8 +91,10 @@ class ImportModel(Step[ImportConfig]):
         _agree_on_bos(ctx, read_object(folder / "config.json").get("bos_token_id"))
         size = parameter_count(checked.config)
         ctx.counts |= {"out:parameters": size.total + size.mtp, "active_parameters": size.active}
+        ctx.counts |= audit_counts(audit)
         precision = checked.precision if ctx.config.precision == "as-is" else ctx.config.precision
-        ctx.outcome = f"{size.total / 1e6:,.1f}M parameters ({size.active / 1e6:,.1f}M active), {precision}"
+        parameters = f"{size.total / 1e6:,.1f}M parameters ({size.active / 1e6:,.1f}M active), {precision}"
+        ctx.outcome = f"{parameters}; {audit_text(audit)}"
 
 
 def _agree_on_bos(ctx: StepContext[ImportConfig], stated: Any) -> None:

@@ -1,13 +1,15 @@
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import moray
-from moray.models.checkpoint import load, save, write_folder
+from moray.models import safetensors_folder
+from moray.models.checkpoint import CheckedFolder, load, save, write_folder
 from moray.models.expert_parallel.dispatcher import LocalDispatcher
-from moray.models.tensors import checkpoint_shapes
+from moray.models.tensors import checkpoint_shapes, stored_tensors
 
 
 def _contents(model):
@@ -165,3 +167,17 @@ def test_a_failed_write_leaves_no_model(make_model, tmp_path, spoil, message):
         write_folder(tmp_path, model.config, spoil(list(_contents(model).items())), shard_bytes=20_000)
     assert not (tmp_path / "config.json").exists()
     assert not list(tmp_path.glob(".part-*"))
+
+
+def test_a_write_reports_what_it_checked_with_few_files_open(make_model, tmp_path, monkeypatch):
+    """V3 in FP32 has 1,343 shards, and a process may open 1,024 files."""
+    monkeypatch.setattr(safetensors_folder, "_OPEN_FILES", 2)
+    model = make_model(torch.float32)
+    pairs = list(_contents(model).items())
+    audit = write_folder(tmp_path / "fp8", model.config, pairs[::-1], "fp8", shard_bytes=2000)
+    stored = stored_tensors(model.config, "fp8")
+    assert len(list((tmp_path / "fp8").glob("model-*"))) > 10
+    assert (audit.tensors, audit.values) == (len(stored), sum(math.prod(shape) for _, shape in stored.values()))
+    checked = CheckedFolder(tmp_path / "fp8")
+    assert len(list(checked.weights())) == len(pairs)
+    assert checked.audit == audit

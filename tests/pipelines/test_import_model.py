@@ -67,6 +67,10 @@ def test_a_model_is_imported_bit_for_bit_and_only_once(folder: Path, home: Home)
     for name in kept:
         assert (artifact.folder / name).read_bytes() == (folder / name).read_bytes()
     assert artifact.manifest.counts["out:parameters"] == sum(p.numel() for p in moray.models.load(folder).parameters())
+    stored = load_file(folder / "model.safetensors")
+    checked = artifact.manifest.counts["checked_tensors"], artifact.manifest.counts["checked_values"]
+    assert checked == (len(stored), sum(tensor.numel() for tensor in stored.values()))
+    assert f"; {len(stored)} tensors, {checked[1]:,.0f} values checked: all finite" in artifact.manifest.outcome
     again, same = api.import_model(folder.rename(folder.with_name("moved")), "other", home=home)
     assert (again, same.reference) == ("other@newest", artifact.reference)
 
