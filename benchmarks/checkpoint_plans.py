@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from moray.models.presets import PRESETS
 from moray.models.tensors import parameter_shapes
-from moray.pipelines.pretrain.checkpoint.checkpoint_index import Place, build_index, encode_listing
+from moray.pipelines.pretrain.checkpoint.checkpoint_index import StoredPlace, encode_listing, merge_listings
 from moray.pipelines.pretrain.checkpoint.checkpoints import Checkpoints
 from moray.pipelines.pretrain.checkpoint.stored_part import StoredPart
 from moray.pipelines.pretrain.mesh import Mesh
@@ -201,10 +201,10 @@ def index_here(ranks: int, answer: Any) -> None:
     for rank in range(ranks):
         parts = parts_of(rank, ranks)
         listings.append(
-            encode_listing(parts, {key: Place(f"__{rank}_0.distcp", at, 9) for at, key in enumerate(parts)})
+            encode_listing(parts, {key: StoredPlace(f"__{rank}_0.distcp", at, 9) for at, key in enumerate(parts)})
         )
     began, cpu = time.perf_counter(), time.thread_time()
-    index = build_index(listings)
+    index = merge_listings(listings)
     row = {"index": "moray", "thread_s": time.thread_time() - cpu, "seconds": time.perf_counter() - began}
     child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     answer.put({**row, "sent_MB": sum(map(len, listings)) / 1e6, "index_MB": len(index) / 1e6, "child_GB": child})

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from moray.models.checkpoint import CheckedFolder, write_folder
 from moray.models.presets import PRESETS
 from moray.models.tensors import bias_shapes, checkpoint_shapes, parameter_shapes
-from moray.pipelines.pretrain.checkpoint.checkpoint_index import build_index
+from moray.pipelines.pretrain.checkpoint.checkpoint_index import merge_listings
 from moray.pipelines.pretrain.checkpoint.rank_writer import RankWriter
 from moray.pipelines.pretrain.checkpoint.stored_part import StoredPart
 from moray.pipelines.pretrain.checkpoint.stored_weights import read_weights
@@ -58,7 +58,7 @@ def write_checkpoint(folder: Path) -> Row:
     writer = RankWriter(0)
     parts = {key: StoredPart(torch.randn(size), 0, size) for key, size in keys.items()}
     writer.write(parts, FileSystemWriter(folder / "checkpoint", sync_files=False))
-    (folder / "checkpoint" / ".metadata").write_bytes(build_index([writer.listing]))
+    (folder / "checkpoint" / ".metadata").write_bytes(merge_listings([writer.listing]))
     return {"keys": len(keys)}
 
 

@@ -40,7 +40,7 @@ class IndexFailed(Exception):
     """The index could not be made."""
 
 
-class Place(NamedTuple):
+class StoredPlace(NamedTuple):
     """Where a tensor is: its file, and offset and size there in bytes."""
 
     file: str
@@ -48,11 +48,11 @@ class Place(NamedTuple):
     length: int
 
     @classmethod
-    def of(cls, stored: _StorageInfo) -> Place:
+    def of(cls, stored: _StorageInfo) -> StoredPlace:
         return cls(stored.relative_path, stored.offset, stored.length)
 
 
-def encode_listing(parts: Mapping[str, StoredPart], places: Mapping[str, Place]) -> bytes:
+def encode_listing(parts: Mapping[str, StoredPart], places: Mapping[str, StoredPlace]) -> bytes:
     """The parts that a rank has written: their number, then compressed JSON, column by column."""
     columns = {
         "key": list(parts),
@@ -65,7 +65,7 @@ def encode_listing(parts: Mapping[str, StoredPart], places: Mapping[str, Place])
     return _LENGTH.pack(len(parts)) + zlib.compress(json.dumps(columns, separators=(",", ":")).encode(), 1)
 
 
-def build_index(listings: Sequence[bytes], few: int = _FEW) -> bytes:
+def merge_listings(listings: Sequence[bytes], few: int = _FEW) -> bytes:
     """The contents of `.metadata`. listings: by rank. few: the most tensors for which no process is started.
 
     Raises IndexFailed if the parts of a tensor overlap or leave a gap, or if the process fails.

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from moray.pipelines.pretrain.checkpoint import checkpoint_files
 from moray.pipelines.pretrain.checkpoint.archive import Archive, Archived
 from moray.pipelines.pretrain.checkpoint.checkpoint_folder import open_checkpoints
-from moray.pipelines.pretrain.checkpoint.checkpoint_index import build_index
+from moray.pipelines.pretrain.checkpoint.checkpoint_index import merge_listings
 from moray.pipelines.pretrain.checkpoint.host_copy import POSITION, HostCopy
 from moray.pipelines.pretrain.checkpoint.rank_writer import RankWriter
 from moray.pipelines.pretrain.checkpoint.stored_part import StoredPart
@@ -179,7 +179,7 @@ class Checkpoints:
         self._indexed = digests
 
     def _make_index(self, listings: list[bytes]) -> None:
-        self._index = build_index(listings)
+        self._index = merge_listings(listings)
 
     def _gather_to_0(self, data: bytes) -> list[bytes]:
         """The data of all ranks, by rank, on rank 0; an empty list on others."""

@@ -16,19 +16,19 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from moray.pipelines.pretrain.checkpoint.checkpoint_index import Place, encode_listing
+from moray.pipelines.pretrain.checkpoint.checkpoint_index import StoredPlace, encode_listing
 from moray.pipelines.pretrain.checkpoint.stored_part import StoredPart
 
 
 class RankWriter:
-    """Writes the checkpoints of rank `rank`. listing: of the last one, for `build_index`. digest: of the listing."""
+    """Writes the checkpoints of rank `rank`. listing: of the last one, for `merge_listings`. digest: of the listing."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._parts: Mapping[str, StoredPart] = {}
         self._planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._plan = SavePlan([])
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, StoredPlace] = {}
         self.listing = b""
         self.digest = ""
 
@@ -46,7 +46,7 @@ class RankWriter:
         self._list(writer.write_data(plan, self._planner).wait())
 
     def _list(self, results: list[WriteResult]) -> None:
-        places = {one.index.fqn: Place.of(one.storage_data) for one in results}
+        places = {one.index.fqn: StoredPlace.of(one.storage_data) for one in results}
         if places != self._places or not self.digest:
             self._places = places
             self.listing = encode_listing(self._parts, places)

@@ -22,7 +22,7 @@ from moray.models.expert_parallel.exchange_check import CorruptExchange
 from moray.models.moe import MoE
 from moray.models.presets import preset
 from moray.pipelines.pretrain.checkpoint import checkpoints
-from moray.pipelines.pretrain.checkpoint.checkpoint_index import build_index
+from moray.pipelines.pretrain.checkpoint.checkpoint_index import merge_listings
 from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.layout import dense_ranks
 from moray.pipelines.pretrain.mesh import Mesh
@@ -352,11 +352,11 @@ def index_builds(folder: str, saves: int) -> tuple[int, list[str]]:
         built += 1
         if built == 1:
             raise ValueError("no index")
-        return build_index(listings)
+        return merge_listings(listings)
 
     worker = toy_worker(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "build_index", build)
+        patch.setattr(checkpoints, "merge_listings", build)
         for step in range(1, saves + 1):
             worker.checkpoints.save(worker.state, step, worker.tokens_before(step))
         worker.checkpoints.wait()

@@ -14,7 +14,12 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from moray.pipelines.pretrain.checkpoint.checkpoint_index import IndexFailed, Place, build_index, encode_listing
+from moray.pipelines.pretrain.checkpoint.checkpoint_index import (
+    IndexFailed,
+    StoredPlace,
+    encode_listing,
+    merge_listings,
+)
 from moray.pipelines.pretrain.checkpoint.rank_writer import RankWriter
 from moray.pipelines.pretrain.checkpoint.stored_part import StoredPart
 from tests.pipelines.pretrain.training_ranks import index_builds
@@ -36,7 +41,7 @@ def split(whole: dict[str, torch.Tensor], ranks: int) -> list[Parts]:
 
 
 def listing_of(parts: Parts) -> bytes:
-    return encode_listing(parts, {key: Place("__0_0.distcp", 10 * at, 10) for at, key in enumerate(parts)})
+    return encode_listing(parts, {key: StoredPlace("__0_0.distcp", 10 * at, 10) for at, key in enumerate(parts)})
 
 
 WHOLE = {
@@ -54,7 +59,7 @@ def test_torch_reads_what_ranks_wrote_with_plans_of_their_own(tmp_path: Path, fe
     writers = [RankWriter(rank) for rank in range(9)]
     for writer, parts in zip(writers, split(WHOLE, 9), strict=True):
         writer.write(parts, FileSystemWriter(at))
-    (at / ".metadata").write_bytes(build_index([writer.listing for writer in writers], few))
+    (at / ".metadata").write_bytes(merge_listings([writer.listing for writer in writers], few))
     found = {key: torch.zeros_like(tensor) for key, tensor in WHOLE.items()}
     dcp.load(found, checkpoint_id=at, no_dist=True)
     dcp_to_torch_save(at, tmp_path / "whole.pt")
@@ -69,7 +74,7 @@ def test_the_index_is_that_of_torch_but_for_the_names_of_the_save(tmp_path: Path
     parts = split(WHOLE, 1)[0]
     writer = RankWriter(0)
     writer.write(parts, FileSystemWriter(tmp_path / "ours"))
-    ours = pickle.loads(build_index([writer.listing]))
+    ours = pickle.loads(merge_listings([writer.listing]))
     dcp.save(dict(parts), storage_writer=FileSystemWriter(tmp_path / "plain"), no_dist=True)
     plain = pickle.loads((tmp_path / "plain" / ".metadata").read_bytes())
     assert ours.storage_meta.checkpoint_id is None
@@ -83,7 +88,7 @@ keys = st.text(min_size=1, max_size=8)
 @given(st.dictionaries(keys, st.integers(1, 9), max_size=6), st.integers(1, 5))
 def test_the_index_of_any_split_is_what_the_planner_makes(sizes: dict[str, int], ranks: int) -> None:
     parts = split({key: torch.zeros(size) for key, size in sizes.items()}, ranks)
-    found = pickle.loads(build_index([listing_of(mine) for mine in parts]))
+    found = pickle.loads(merge_listings([listing_of(mine) for mine in parts]))
     plans = []
     for mine in parts:
         planner = DefaultSavePlanner(flatten_state_dict=False)
@@ -101,13 +106,13 @@ def test_a_gap_or_an_overlap_is_an_error(few: int, offset: int, says: str) -> No
     if offset == 0:  # torch keeps only one of two parts with the same offset
         other["master/a"] = StoredPart(torch.zeros(4), 1, 5)
     with pytest.raises(IndexFailed, match=says):
-        build_index([listing_of(one), listing_of(other)], few)
+        merge_listings([listing_of(one), listing_of(other)], few)
 
 
 def test_a_process_that_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(IndexFailed, match="exit code 1"):
-        build_index([listing_of({})], few=-1)
+        merge_listings([listing_of({})], few=-1)
 
 
 def test_a_rank_plans_again_only_if_its_parts_change(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from moray.models.config import ModelConfig
 from moray.models.presets import PRESETS
 from moray.models.tensors import checkpoint_shapes, parameter_shapes, stored_tensors
 from moray.pipelines.pretrain.checkpoint import stored_weights
-from moray.pipelines.pretrain.checkpoint.checkpoint_index import build_index
+from moray.pipelines.pretrain.checkpoint.checkpoint_index import merge_listings
 from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed
 from moray.pipelines.pretrain.checkpoint.rank_writer import RankWriter
 from moray.pipelines.pretrain.checkpoint.stored_part import StoredPart
@@ -45,7 +45,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], ranks: int 
             begin, end = rank * len(tensor) // ranks, (rank + 1) * len(tensor) // ranks
             parts[key] = StoredPart(tensor[begin:end].clone(), begin, len(tensor))
         writer.write(parts, FileSystemWriter(folder, sync_files=False))
-    (folder / ".metadata").write_bytes(build_index([writer.listing for writer in writers]))
+    (folder / ".metadata").write_bytes(merge_listings([writer.listing for writer in writers]))
 
 
 def test_the_index_is_read_once_and_tensors_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
