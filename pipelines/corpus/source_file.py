@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from moray.pipelines.corpus.pieces import MALFORMED, UNREADABLE, Reject
 from moray.pipelines.corpus.unpack import Damaged, DecompressedFile, compression_of
+from moray.platform.store.manifest import hash_file
 from moray.platform.store.object_reader import ObjectReader
 from moray.platform.store.paths import bucket_at
 
@@ -77,6 +78,18 @@ class File:
     def damage(self, error: Exception) -> Reject:
         """The reject for an error in the middle of the file: malformed for a bad archive, unreadable for a bad disk."""
         return Reject("", MALFORMED if isinstance(error, Damaged) else UNREADABLE, error_text(error))
+
+
+def content_digest(file: File) -> str:
+    """The ETag of an object, as reported by its server, or the SHA-256 of a local or submitted file."""
+    if file.sha256:
+        return file.sha256
+    if file.is_object:
+        return f"etag:{file.etag}"
+    try:
+        return hash_file(Path(file.location))
+    except OSError:
+        return "unreadable"
 
 
 def trailing_data(stream: io.BufferedReader) -> Iterator[Reject]:

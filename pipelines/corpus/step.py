@@ -26,14 +26,13 @@ from moray.pipelines.corpus.corpus_shard import (
 )
 from moray.pipelines.corpus.listing import Listing
 from moray.pipelines.corpus.source import Source
-from moray.pipelines.corpus.source_file import File
+from moray.pipelines.corpus.source_file import content_digest
 from moray.pipelines.shared.documents import read_shard
 from moray.pipelines.shared.shards import Row, map_shards
 from moray.platform.core.errors import InputError, RecipeError
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.context import StepContext
 from moray.platform.plan.step import ExternalFile, Step, Upload
-from moray.platform.store.manifest import hash_file
 from moray.platform.store.paths import AnyPath
 
 
@@ -72,7 +71,7 @@ class Corpus(Step[CorpusConfig]):
 
     def external(self, config: CorpusConfig) -> list[ExternalFile]:
         return [
-            ExternalFile(source.name, key, file.size, _digest(file))
+            ExternalFile(source.name, key, file.size, content_digest(file))
             for source in config.sources
             for key, file in source.files()
         ]
@@ -163,18 +162,6 @@ def _description(source: Source) -> Row:
         "reader": source.reader,
         "columns": json.dumps(asdict(source.columns())),
     }
-
-
-def _digest(file: File) -> str:
-    """The ETag of an object, as reported by its server, or the SHA-256 of a local or submitted file."""
-    if file.sha256:
-        return file.sha256
-    if file.is_object:
-        return f"etag:{file.etag}"
-    try:
-        return hash_file(Path(file.location))
-    except OSError:
-        return "unreadable"
 
 
 step = Corpus()
