@@ -7,10 +7,14 @@ of workers. The held-out part is concatenated, because it is read document by do
 Text that spells a control token (`<|eos|>` in a document) is encoded as plain characters; only this step inserts
 special ids. The encoder library is chosen once, with documents of every source (`encoders.py`); the ids do not depend
 on it. A rerun after a kill processes the groups that have no record yet.
+
+Sources that are token ids already (`pretokenized/`) are packed the same way, beside the documents or without any.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -29,17 +33,27 @@ from moray.pipelines.shared.task_records import forget_records, recorded
 from moray.pipelines.split import PARTS
 from moray.pipelines.text.arrow import text_buffers
 from moray.pipelines.tokenize.fim import Marks, fim_marks, framed, rearranged
+from moray.pipelines.tokenize.pretokenized.pack_ids import PackTask, pack_ids
+from moray.pipelines.tokenize.pretokenized.source import PretokenizedSource
+from moray.pipelines.tokenize.pretokenized.sources import (
+    check_sources,
+    external_files,
+    report_ids,
+    source_tasks,
+    submitted_sources,
+)
 from moray.pipelines.tokenize.sequence_packing import Packing, TokenDocuments, pack_documents, plan_sequences
 from moray.pipelines.tokenizer.encoders import Choice, choose_encoder, encoder
 from moray.pipelines.tokenizer.train import id_count, load_tokenizer, special_ids
-from moray.platform.core.errors import InputError
-from moray.platform.plan.config import StepConfig, operational
+from moray.platform.core.errors import InputError, RecipeError
+from moray.platform.plan.config import StepConfig, added, operational
 from moray.platform.plan.context import StepContext
-from moray.platform.plan.step import Step
+from moray.platform.plan.step import ExternalFile, Step, Upload
 from moray.platform.store.paths import AnyPath, any_path, local_file, open_ranges
 
 _SAMPLE_BYTES = 1_000_000  # of documents on which the encoders must agree; takes the slower one half a second
 _SAMPLE_SOURCES = 50
+_BYTES_PER_TOKEN = 4  # of text, about
 
 
 class TokenizeConfig(StepConfig):
@@ -51,13 +65,17 @@ class TokenizeConfig(StepConfig):
         "best-fit", description="packing of the training part: best-fit splits few documents; concatenate"
     )
     group_bytes: int = Field(
-        64_000_000, gt=0, description="bytes of text that are packed together; larger groups split fewer documents"
+        64_000_000,
+        gt=0,
+        description="bytes of text, or a quarter as many ids, that are packed together; larger groups split fewer "
+        "documents",
     )
     encoder: Literal["auto", "fast", "reference"] = operational(
         "auto",
         description="auto: gigatoken if it agrees with Hugging Face tokenizers, else tokenizers; fast: gigatoken, or "
         "an error; reference: tokenizers",
     )
+    pretokenized: tuple[PretokenizedSource, ...] = added((), description="sources that are token ids already")
 
 
 @dataclass(frozen=True)
@@ -78,8 +96,22 @@ class Tokenize(Step[TokenizeConfig]):
     Config = TokenizeConfig
     inputs: ClassVar[dict[str, str]] = {"documents": "split-documents", "tokenizer": "tokenizer"}
     produces: ClassVar[str] = "tokens"
+    optional: ClassVar[frozenset[str]] = frozenset({"documents"})
     resumable: ClassVar[bool] = True
     needs_ray: ClassVar[bool] = True
+
+    def check(self, config: TokenizeConfig, inputs: Mapping[str, str]) -> None:
+        if "documents" not in inputs and not config.pretokenized:
+            raise RecipeError("nothing to tokenize", "add the input `documents: STEP`, or `pretokenized` sources")
+        if "documents" not in inputs and config.fim_rate:
+            raise RecipeError("fim_rate needs the input `documents`", "remove it, or add `documents: STEP`")
+        check_sources(config.pretokenized)
+
+    def external(self, config: TokenizeConfig) -> list[ExternalFile]:
+        return external_files(config.pretokenized)
+
+    def submitted(self, config: TokenizeConfig, upload: Upload) -> dict[str, str]:
+        return submitted_sources(config.pretokenized, upload)
 
     def reads_in_place(self, config: TokenizeConfig) -> frozenset[str]:
         return frozenset({"documents"})
@@ -91,16 +123,48 @@ class Tokenize(Step[TokenizeConfig]):
             size=id_count(load_tokenizer(folder)),
             **special_ids(folder),
         )
-        marks = fim_marks(load_tokenizer(folder)) if ctx.config.fim_rate else None
-        shards = _shards(ctx)
-        chosen = self._encoder(ctx, folder, shards)
-        job = GroupTask(ctx.output, ctx.inputs["tokenizer"].location, chosen, vocabulary, marks, ctx.config)
-        groups = _groups(shards, ctx.config.group_bytes)
-        apply = partial(_tokenize_group, job=job)
-        rows = map_shards(ctx, "tokenizing", groups, apply, "bytes", lambda row: row["size"])
+        documents = _shards(ctx) if "documents" in ctx.inputs else []
+        if both := {shard["source"] for shard in documents} & {source.name for source in ctx.config.pretokenized}:
+            raise InputError(
+                f"tokenize.pretokenized: the documents have a source {min(both)!r} too",
+                "give each source a unique name",
+            )
+        rows = self._encode(ctx, documents, vocabulary) + self._pack(ctx, vocabulary)
         self._write_indexes(ctx, rows, vocabulary)
         forget_records(ctx.output)
         self._summarize(ctx, rows)
+
+    def _encode(self, ctx: StepContext[TokenizeConfig], shards: list[Row], vocabulary: TokenVocabulary) -> list[Row]:
+        """Encodes and packs the documents. Returns a row for each token shard."""
+        if not shards:
+            return []
+        tokenizer = ctx.inputs["tokenizer"]
+        marks = fim_marks(load_tokenizer(tokenizer.folder)) if ctx.config.fim_rate else None
+        chosen = self._encoder(ctx, tokenizer.folder, shards)
+        job = GroupTask(ctx.output, tokenizer.location, chosen, vocabulary, marks, ctx.config)
+        groups = _groups(shards, ctx.config.group_bytes)
+        apply = partial(_tokenize_group, job=job)
+        return map_shards(ctx, "tokenizing", groups, apply, "bytes", lambda row: row["size"])
+
+    def _pack(self, ctx: StepContext[TokenizeConfig], vocabulary: TokenVocabulary) -> list[Row]:
+        """Packs the pretokenized sources. Returns a row for each token shard."""
+        config = ctx.config
+        if not config.pretokenized:
+            return []
+        tokens = max(1, config.group_bytes // _BYTES_PER_TOKEN)
+        job = PackTask(
+            folder=ctx.output,
+            tokenizer=ctx.inputs["tokenizer"].location,
+            vocabulary=vocabulary,
+            sources=config.pretokenized,
+            sequence_length=config.sequence_length,
+            packing=config.packing,
+            tokens=tokens,
+        )
+        tasks = source_tasks(ctx, config.pretokenized, tokens)
+        rows = map_shards(ctx, "packing", tasks, partial(pack_ids, job=job), "tokens", lambda row: row["tokens"])
+        report_ids(ctx, config.pretokenized, rows)
+        return [shard for row in rows for shard in json.loads(row["shards"])]
 
     def _encoder(self, ctx: StepContext[TokenizeConfig], folder: Path, shards: list[Row]) -> Choice:
         """The encoder of this run. Logs a warning if it is the slow one."""
