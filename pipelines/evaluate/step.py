@@ -2,12 +2,13 @@
 
 Every token of every held-out document is scored once, including the end of the document, in windows of the training
 length that do not overlap; the first scored token of a later window has only its predecessor as context. Bits per byte,
-the total bits over the documents' UTF-8 bytes, makes models with different tokenizers comparable.
+the total bits over the documents' UTF-8 bytes, makes models with different tokenizers comparable. The byte model needs
+the text of all documents. It is left out if tokens of a source came without it (`tokenize.pretokenized`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -29,7 +30,8 @@ from moray.platform.plan.step import Step
 if TYPE_CHECKING:
     from moray.models.model import DeepseekV3
 
-MODELS = ("model", "unigram", "order-2 bytes")
+BYTE_MODEL = "order-2 bytes"
+MODELS = ("model", "unigram", BYTE_MODEL)
 METRIC = "eval_bits_per_byte"
 
 
@@ -52,6 +54,7 @@ class Evaluate(Step[EvaluateConfig]):
     version: ClassVar[int] = 1
     Config = EvaluateConfig
     inputs: ClassVar[dict[str, str]] = {"model": "model", "tokens": "tokens", "documents": "split-documents"}
+    optional: ClassVar[frozenset[str]] = frozenset({"documents"})
     produces: ClassVar[str] = "evaluation"
 
     def reads_in_place(self, config: EvaluateConfig) -> frozenset[str]:
@@ -65,19 +68,26 @@ class Evaluate(Step[EvaluateConfig]):
         scores = {source: Scores() for source in heldout}
         self._score_model(ctx, heldout, scores)
         self._score_unigram(ctx, train, heldout, scores)
-        self._score_bytes(ctx, heldout, scores)
-        report = self._report(ctx, scores)
+        if "documents" in ctx.inputs:
+            self._score_bytes(ctx, scores)
+        models = _scored_models(scores)
+        if BYTE_MODEL not in models:
+            ctx.note(f"no {BYTE_MODEL}: it needs the text of every source")
+        report = self._report(ctx, scores, models)
         report.write(ctx.folder)
-        (ctx.folder / "closing.txt").write_text(_table(report, sorted(scores)))
-        ours, unigram, order2 = (report.value(METRIC, model=name, source="all") for name in MODELS)
+        (ctx.folder / "closing.txt").write_text(_table(report, sorted(scores), models))
+        overall = {name: report.value(METRIC, model=name, source="all") for name in models}
+        ours, unigram = overall["model"], overall["unigram"]
         ctx.metric(METRIC, ours, source="all", model="model")
         ctx.counts |= {
             "in:documents": sum(len(s.bytes) for s in scores.values()),
             "bits_per_byte": ours,
             "unigram_bits_per_byte": unigram,
-            "order2_bits_per_byte": order2,
         }
-        ctx.outcome = f"{ours:.3f} bits/byte; unigram {unigram:.3f}, order-2 bytes {order2:.3f}"
+        ctx.outcome = f"{ours:.3f} bits/byte; unigram {unigram:.3f}"
+        if BYTE_MODEL in overall:
+            ctx.counts["order2_bits_per_byte"] = overall[BYTE_MODEL]
+            ctx.outcome += f", {BYTE_MODEL} {overall[BYTE_MODEL]:.3f}"
 
     def _score_model(
         self, ctx: StepContext[EvaluateConfig], heldout: dict[str, TokenSet], scores: dict[str, Scores]
@@ -125,9 +135,7 @@ class Evaluate(Step[EvaluateConfig]):
         for source, token_set in heldout.items():
             scores[source].bits["unigram"] = [unigram.bits(ids[1:]) for ids, _ in heldout_documents(token_set)]
 
-    def _score_bytes(
-        self, ctx: StepContext[EvaluateConfig], heldout: dict[str, TokenSet], scores: dict[str, Scores]
-    ) -> None:
+    def _score_bytes(self, ctx: StepContext[EvaluateConfig], scores: dict[str, Scores]) -> None:
         folder, counts = ctx.inputs["documents"].location, ByteCounts()
         paths = shard_paths(folder / "train")
         for done, path in enumerate(paths):
@@ -138,17 +146,17 @@ class Evaluate(Step[EvaluateConfig]):
         for path in shard_paths(folder / "heldout"):
             table = read_shard(path, ["text", "source"])
             for text, source in zip(table["text"].to_pylist(), table["source"].to_pylist(), strict=True):
-                scores[source].bits["order-2 bytes"].append(model.bits(text.encode()))
+                scores[source].bits[BYTE_MODEL].append(model.bits(text.encode()))
 
-    def _report(self, ctx: StepContext[EvaluateConfig], scores: dict[str, Scores]) -> EvalReport:
+    def _report(self, ctx: StepContext[EvaluateConfig], scores: dict[str, Scores], models: Sequence[str]) -> EvalReport:
         rows = []
         everything = Scores(
             bytes=[size for s in scores.values() for size in s.bytes],
-            bits={name: [b for s in scores.values() for b in s.bits[name]] for name in MODELS},
+            bits={name: [b for s in scores.values() for b in s.bits[name]] for name in models},
         )
         for source, score in {**scores, "all": everything}.items():
             size = np.array(score.bytes, np.float64)
-            for name in MODELS:
+            for name in models:
                 bits = np.array(score.bits[name])
                 rows.append(
                     EvalRow(
@@ -161,6 +169,11 @@ class Evaluate(Step[EvaluateConfig]):
                     )
                 )
         return EvalReport(model=ctx.inputs["model"].reference, rows=tuple(rows))
+
+
+def _scored_models(scores: Mapping[str, Scores]) -> list[str]:
+    """The models that have scored every document."""
+    return [name for name in MODELS if all(len(score.bits[name]) == len(score.bytes) for score in scores.values())]
 
 
 def heldout_documents(token_set: TokenSet) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
@@ -202,12 +215,12 @@ def bootstrap(
     return float(low), float(high)
 
 
-def _table(report: EvalReport, sources: list[str]) -> str:
+def _table(report: EvalReport, sources: list[str], models: Sequence[str]) -> str:
     width = max(len(source) for source in [*sources, "all"]) + 2
     lines = ["held-out bits per byte (lower is better)"]
-    lines.append(" " * width + "".join(f"{name:>16}" for name in MODELS) + f"{'documents':>12}")
+    lines.append(" " * width + "".join(f"{name:>16}" for name in models) + f"{'documents':>12}")
     for source in [*sources, "all"]:
-        values = "".join(f"{report.value(METRIC, model=name, source=source):16.3f}" for name in MODELS)
+        values = "".join(f"{report.value(METRIC, model=name, source=source):16.3f}" for name in models)
         n = next(row.n for row in report.rows if row.labels["source"] == source)
         lines.append(f"{source:<{width}}{values}{n:12,}")
     ours, unigram = (report.value(METRIC, model=name, source="all") for name in MODELS[:2])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from moray.pipelines.evaluate.eval_report import EvalReport
+from moray.pipelines.tokenize.pretokenized.segments import file_segments, source_candidates
 from moray.pipelines.tokenize.pretokenized.source import PretokenizedSource
 from moray.pipelines.tokenize.pretokenized.sources import external_files
 from moray.platform.core.cluster import Cluster
@@ -17,6 +20,7 @@ from moray.platform.core.home import Home
 from moray.platform.plan.fingerprint import addresses
 from moray.platform.plan.recipe import Recipe, parse_recipe
 from moray.platform.run.runner import Runner
+from tests.checkout import ROOT
 from tests.pipelines.tokenize.pretokenized.id_files import write_megatron, write_parquet_ids, write_tokenizer
 from tests.s3 import BUCKET, KEYS, empty_bucket
 
@@ -123,7 +127,6 @@ def test_a_bucket_is_listed_and_read(folder: Path, s3_url: str, monkeypatch: pyt
     source = PretokenizedSource(name="web", format="megatron", url=f"s3://{BUCKET}/ids{prefix}")
     local = PretokenizedSource(name="web", format="megatron", path=folder / "web")
     assert [file.digest[:5] for file in external_files([source])] == ["etag:", "etag:"]
-    from moray.pipelines.tokenize.pretokenized.segments import file_segments, source_candidates
 
     def ids(one: PretokenizedSource) -> list[list[int]]:
         segments = [found for candidate in source_candidates(one) for found in file_segments(candidate, 100)]
@@ -133,11 +136,31 @@ def test_a_bucket_is_listed_and_read(folder: Path, s3_url: str, monkeypatch: pyt
     assert ids(source) == ids(local)
 
 
-def test_a_model_is_trained_on_ids_alone(folder: Path, ray_cluster: Cluster) -> None:
+SMALL = (
+    "tokenize.sequence_length=32",
+    "pretrain.steps=2",
+    "pretrain.batch_sequences=4",
+    "pretrain.model={preset: tiny, hidden_size: 32, intermediate_size: 64, moe_intermediate_size: 16, "
+    "num_hidden_layers: 2, kv_lora_rank: 16, q_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8}",
+)
+
+
+def test_the_recipe_of_the_documentation_trains_on_ids_alone(tmp_path: Path, ray_cluster: Cluster) -> None:
+    write_tokenizer(tmp_path / "data" / "tokenizer")
+    rows = [[n % 200 + 10] * (n % 9 + 3) + [1] for n in range(300)]
+    for name in ("cc-0_text_document", "cc-1_text_document", "wiki_text_document"):
+        write_megatron(tmp_path / "data" / "web" / name, [[row] for row in rows])
+    write_parquet_ids(tmp_path / "data" / "books" / "a.parquet", rows * 2)
+    page = (ROOT / "docs" / "tokenize.md").read_text()
+    (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.S) if block.startswith("name: ")]
+    recipe = parse_recipe(text.replace("/data/", f"{tmp_path}/data/"), Path("ids.yaml"), SMALL)
     events: list[Event] = []
-    result = Runner(Home(folder / "home"), ray_cluster, [events.append]).run(parsed(folder))
-    assert result.steps["pretrain"].artifact.manifest.counts["out:steps"] == 2
-    losses = {event.at for event in events if isinstance(event, MetricEvent) and event.name == "train_loss"}
-    assert losses == {1, 2}
-    again = Runner(Home(folder / "home"), ray_cluster).run(parsed(folder))
+    result = Runner(Home(tmp_path / "home"), ray_cluster, [events.append]).run(recipe)
+    assert {event.at for event in events if isinstance(event, MetricEvent) and event.name == "train_loss"} == {1, 2}
+    counts = result.steps["tokenize"].artifact.manifest.counts
+    assert counts["in:documents"] == 5 * 300
+    scores = EvalReport.read(result.steps["evaluate"].artifact.folder)
+    assert {row.labels["model"] for row in scores.rows} == {"model", "unigram"}
+    assert {row.labels["source"] for row in scores.rows} == {"web", "books", "all"}
+    again = Runner(Home(tmp_path / "home"), ray_cluster).run(recipe)
     assert all(step.reused for step in again.steps.values())
