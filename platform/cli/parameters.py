@@ -14,7 +14,11 @@ UploadAnyway = Annotated[
 ClusterName = Annotated[str, Parameter(name="--cluster", help="name of the cluster; `moray cluster list` shows all")]
 Overrides = Annotated[
     list[str] | None,
-    Parameter(name="--set", negative=(), help="override a recipe field: STEP.FIELD=VALUE; may be repeated"),
+    Parameter(
+        name="--set",
+        negative=(),
+        help="override a recipe field: STEP.FIELD=VALUE or tracking.FIELD=VALUE; may be repeated",
+    ),
 ]
 
 

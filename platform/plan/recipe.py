@@ -5,8 +5,9 @@
       corpus:  {uses: corpus, with: {sources: [...]}}
       filter:  {inputs: {documents: corpus}, with: {min_words: 20}}
 
-`uses` defaults to the step's own key; `inputs` name other steps. Every mistake raises one RecipeError that names the
-file, the line, the field, the bad value and the nearest valid one.
+`uses` defaults to the step's own key; `inputs` name other steps. `tracking:` beside `steps:` names programs that show
+the curves (tracking.py). Every mistake raises one RecipeError that names the file, the line, the field, the bad value
+and the nearest valid one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import re
 import sysconfig
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from moray.platform.core.errors import InputError, RecipeError, nearest
 from moray.platform.core.references import REFERENCE, Redactor, redacting, references_in
 from moray.platform.plan.config import StepConfig
 from moray.platform.plan.step import Step, resolve_step
+from moray.platform.plan.tracking import Tracking
 from moray.platform.store.search import bring_alias
 from moray.platform.store.submitted import bring_tree
 
@@ -59,7 +61,13 @@ class RecipeSpec(BaseModel):
 
     name: str
     description: str = ""
+    tracking: Tracking = Field(default_factory=Tracking)
     steps: dict[str, StepSpec]
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _no_tracking(cls, value: Any) -> Any:
+        return {} if value is None else value
 
     @field_validator("steps", mode="before")
     @classmethod
@@ -86,6 +94,7 @@ class Recipe:
     steps: tuple[PlannedStep, ...]
     source: str
     description: str = ""
+    tracking: Tracking = field(default_factory=Tracking)
 
 
 class _Lines:
@@ -159,7 +168,7 @@ def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe
         raise RecipeError(f"{path}:{lines.of(['steps'])}: steps is empty", "a recipe needs at least one step")
     planned = {key: _plan_step(key, step, spec, path, lines) for key, step in spec.steps.items()}
     order = _order(planned, path, lines)
-    return Recipe(spec.name, path, tuple(planned[key] for key in order), text, spec.description)
+    return Recipe(spec.name, path, tuple(planned[key] for key in order), text, spec.description, spec.tracking)
 
 
 def listed_steps(text: str) -> dict[str, tuple[str, dict[str, str]]]:
@@ -233,7 +242,7 @@ def _order(steps: Mapping[str, PlannedStep], path: Path, lines: _Lines) -> list[
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
-    """Applies one `step.field[.field...]=value` to the parsed file; the value is YAML."""
+    """Applies one `step.field[.field...]=value` or `tracking.field=value` to the parsed file; the value is YAML."""
     target, equals, value = text.partition("=")
     parts = target.split(".")
     if not equals or len(parts) < 2 or not all(parts):
@@ -241,14 +250,19 @@ def _override(raw: dict[str, Any], text: str) -> None:
     steps = raw.get("steps") or {}
     if not isinstance(steps, dict):
         return  # validation reports the wrong type later
-    if parts[0] not in steps:
-        raise RecipeError(f"--set {text!r}: unknown step {parts[0]!r}", nearest(parts[0], steps))
+    is_tracking = parts[0] == "tracking" and "tracking" not in steps
+    if parts[0] not in steps and not is_tracking:
+        raise RecipeError(f"--set {text!r}: unknown step {parts[0]!r}", nearest(parts[0], [*steps, "tracking"]))
     try:
         _, parsed = bounded_yaml.compose(value)
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise RecipeError(f"--set {text!r}: the value is not valid YAML") from error
     except RecipeError as error:
         raise RecipeError(f"--set {text!r}: {error.message}", error.hint) from error
+    if is_tracking:
+        raw["tracking"] = {} if raw.get("tracking") is None else raw["tracking"]
+        _put(raw["tracking"], parts[1:], parsed, text)
+        return
     step = steps[parts[0]] = steps[parts[0]] if isinstance(steps[parts[0]], dict) else {}
     step["with"] = {} if step.get("with") is None else step["with"]
     _put(step["with"], parts[1:], parsed, text)

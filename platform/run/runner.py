@@ -30,6 +30,7 @@ from moray.platform.plan.change_reason import explain_change, is_current
 from moray.platform.plan.fingerprint import Address, addresses
 from moray.platform.plan.recipe import PlannedStep, Recipe
 from moray.platform.run.step_run import ActiveRun, RunResult, StepResult, StepRun, free_disk_hint, mid_run
+from moray.platform.run.tracker import Tracker, open_sinks
 from moray.platform.store.artifacts import Artifact, ArtifactStore
 from moray.platform.store.paths import write_file
 from moray.platform.store.search import newest_artifact
@@ -95,12 +96,14 @@ class Runner:
                 "the hosts of this cluster do not share a disk, and there is no store for the files of the run",
                 "set MORAY_ARTIFACTS=s3://bucket/prefix, or to a folder that all hosts see",
             )
+        sinks = open_sinks(recipe, self.home)
         name = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.name}-{secrets.token_hex(2)}"
         folder = self.home.runs / name
         write_text(folder / "recipe.yaml", recipe.source)
-        redact = Redactor.of(step.config for step in recipe.steps)
+        redact = Redactor.of([*(step.config for step in recipe.steps), recipe.tracking])
         events = EventLog(folder / "events", "runner", redact)
-        events.listeners += self.listeners
+        tracker = Tracker(recipe, sinks, lambda level, text: _note(events, level, text))
+        events.listeners += [*self.listeners, tracker]
         result = RunResult(name, recipe.name, folder, 0.0)
         run = ActiveRun(self.home, self.store, self.cluster, events, result, threading.Event())
         began = time.monotonic()
@@ -125,6 +128,7 @@ class Runner:
             raise
         finally:
             self.cluster.stop()
+            tracker.close()
             result.seconds = time.monotonic() - began
             events.append(RunEvent(state=state, recipe=recipe.name, detail=detail))
             self._keep_run(run)
@@ -200,6 +204,10 @@ class Runner:
         )
         events.append(event)
         return StepResult(planned.key, planned.step.name, True, 0.0, found)
+
+
+def _note(events: EventLog, level: str, text: str) -> None:
+    events.append(NoteEvent(step="", level="warning" if level == "warning" else "info", text=text))
 
 
 @contextmanager

@@ -146,6 +146,9 @@ SMALL = (
 
 
 def test_the_recipe_of_the_documentation_trains_on_ids_alone(tmp_path: Path, ray_cluster: Cluster) -> None:
+    """Its curves reach TensorBoard from the training worker."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     write_tokenizer(tmp_path / "data" / "tokenizer")
     rows = [[n % 200 + 10] * (n % 9 + 3) + [1] for n in range(300)]
     for name in ("cc-0_text_document", "cc-1_text_document", "wiki_text_document"):
@@ -153,10 +156,15 @@ def test_the_recipe_of_the_documentation_trains_on_ids_alone(tmp_path: Path, ray
     write_parquet_ids(tmp_path / "data" / "books" / "a.parquet", rows * 2)
     page = (ROOT / "docs" / "tokenize.md").read_text()
     (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.S) if block.startswith("name: ")]
-    recipe = parse_recipe(text.replace("/data/", f"{tmp_path}/data/"), Path("ids.yaml"), SMALL)
+    recipe = parse_recipe(
+        text.replace("/data/", f"{tmp_path}/data/"), Path("ids.yaml"), (*SMALL, f"tracking.tensorboard={tmp_path}/tb")
+    )
     events: list[Event] = []
     result = Runner(Home(tmp_path / "home"), ray_cluster, [events.append]).run(recipe)
     assert {event.at for event in events if isinstance(event, MetricEvent) and event.name == "train_loss"} == {1, 2}
+    folder = tmp_path / "tb" / "from-ids" / f"pretrain-{result.steps['pretrain'].artifact.fingerprint[:8]}"
+    curves = EventAccumulator(str(folder)).Reload()
+    assert [point.step for point in curves.Scalars("train_loss")] == [1, 2]
     counts = result.steps["tokenize"].artifact.manifest.counts
     assert counts["in:documents"] == 5 * 300
     scores = EvalReport.read(result.steps["evaluate"].artifact.folder)
