@@ -35,7 +35,7 @@ _CHUNK_LOGITS_CPU = 1 << 21
 _CHUNK_LOGITS = 1 << 27
 _CHUNK_BYTES = 1 << 29
 
-# (hidden_CD, weight_VD, targets_C, keep_C, whether to compute gradients) -> (loss, its gradient by the logits)
+# (hidden_CD, weight_VD, targets_C, keep_C, whether to compute gradients) -> (losses_C, their gradient by the logits)
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 
@@ -92,7 +92,7 @@ def _chunk_reference(
         probs_CV.scatter_add_(1, targets_C1, torch.full_like(picked_C1, -1.0))
         if left_out_C1.any():
             probs_CV.masked_fill_(left_out_C1, 0.0)
-    return losses_C1.masked_fill(left_out_C1, 0.0).sum(), probs_CV.to(hidden_CD.dtype)
+    return losses_C1.masked_fill(left_out_C1, 0.0).squeeze(1), probs_CV.to(hidden_CD.dtype)
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def _chunk_triton(
     _row_loss[(count,)](
         logits_CV, targets_C, keep_C, losses_C, vocab, GRADIENT=grads, WIDTH=width, num_warps=max(width // 512, 4)
     )
-    return losses_C.sum(), logits_CV
+    return losses_C, logits_CV
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -151,6 +151,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk: int,
         grads: bool,
         into: WeightGradient | None,
+        losses_T: Tensor | None,
     ) -> Tensor:
         compute_dtype = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=compute_dtype, device=hidden_TD.device)
@@ -158,8 +159,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=compute_dtype) if grads and into is None else None
         for start in range(0, hidden_TD.shape[0], chunk):
             part = slice(start, start + chunk)
-            chunk_loss, d_logits_CV = compute_chunk(hidden_TD[part], weight_VD, targets_T[part], keep_T[part], grads)
-            loss += chunk_loss
+            losses_C, d_logits_CV = compute_chunk(hidden_TD[part], weight_VD, targets_T[part], keep_T[part], grads)
+            loss += losses_C.sum()
+            if losses_T is not None:
+                losses_T[part] = losses_C
             if grad_hidden is not None:
                 torch.mm(d_logits_CV, weight_VD, out=grad_hidden[part])
                 target = WeightGradient(grad_weight, 1.0) if grad_weight is not None else into
@@ -177,7 +180,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = (grad_hidden * grads[0]).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grads[0]).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, *(None,) * 7
 
 
 def _sum(
@@ -188,10 +191,11 @@ def _sum(
     compute_chunk: ChunkLoss,
     chunk: int,
     into: WeightGradient | None,
+    losses_T: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     grads = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_TD, weight_VD, targets_T, keep_T, compute_chunk, chunk, grads, into
+        hidden_TD, weight_VD, targets_T, keep_T, compute_chunk, chunk, grads, into, losses_T
     )
     return loss, keep_T.sum()
 
@@ -203,11 +207,12 @@ def cross_entropy_sum_reference(
     keep_T: Tensor,
     chunk: int | None = None,
     into: WeightGradient | None = None,
+    losses: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`cross_entropy_sum` in PyTorch, for any dtype; the softmax is FP32, or FP64 for FP64 inputs."""
     if chunk is None:
         chunk = _chunk_tokens(weight_VD.shape[0], weight_VD.device)
-    return _sum(hidden_TD, weight_VD, targets_T, keep_T, _chunk_reference, chunk, into)
+    return _sum(hidden_TD, weight_VD, targets_T, keep_T, _chunk_reference, chunk, into, losses)
 
 
 def cross_entropy_sum_triton(
@@ -217,6 +222,7 @@ def cross_entropy_sum_triton(
     keep_T: Tensor,
     chunk: int | None = None,
     into: WeightGradient | None = None,
+    losses: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Equals the reference up to the order of summation; an included target outside of the vocabulary gives a NaN loss.
 
@@ -229,7 +235,7 @@ def cross_entropy_sum_triton(
     check_tensor("keep_T", keep_T, (len(hidden_TD),), (torch.bool,), like=weight_VD)
     if chunk is None:
         chunk = max(128, _CHUNK_BYTES // (max(vocab, 1) * weight_VD.element_size()))
-    return _sum(hidden_TD, weight_VD, targets_T, keep_T, _chunk_triton, chunk, into)
+    return _sum(hidden_TD, weight_VD, targets_T, keep_T, _chunk_triton, chunk, into, losses)
 
 
 def cross_entropy_sum(
@@ -239,14 +245,16 @@ def cross_entropy_sum(
     keep_T: Tensor,
     chunk: int | None = None,
     into: WeightGradient | None = None,
+    losses: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over the included tokens of -log softmax(hidden @ weight^T)[target].
 
     `targets_T` is int64, in [0, V) wherever `keep_T` (bool) is true; other targets are ignored. Returns (loss, FP32 or
     FP64 scalar; number of included tokens, int64 scalar). Differentiable once in `hidden_TD` and `weight_VD`. `chunk`:
     tokens whose logits are held at a time. `into`: the forward adds the weight's gradient there, and the backward
-    computes none.
+    computes none. `losses`: [T], receives the loss of each token, 0 for tokens that are not included.
     """
     if hidden_TD.dtype == torch.float64 or backend(hidden_TD) == "reference":
-        return cross_entropy_sum_reference(hidden_TD, weight_VD, targets_T, keep_T, chunk, into)
-    return cross_entropy_sum_triton(hidden_TD, weight_VD, targets_T.contiguous(), keep_T.contiguous(), chunk, into)
+        return cross_entropy_sum_reference(hidden_TD, weight_VD, targets_T, keep_T, chunk, into, losses)
+    targets_T, keep_T = targets_T.contiguous(), keep_T.contiguous()
+    return cross_entropy_sum_triton(hidden_TD, weight_VD, targets_T, keep_T, chunk, into, losses)

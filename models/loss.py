@@ -3,8 +3,9 @@
 Shapes: B batch, T tokens.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moray.models.expert_parallel.stages import Routing
@@ -16,17 +17,24 @@ class TrainingLoss:
 
     main: -log p of the next token. mtp: the loss of multi-token prediction, averaged over its depths (0 without MTP).
     balance: the layers' sequence-wise balance losses, 1 per layer and counted token if the load is even. count: counted
-    tokens, int64.
+    tokens, int64. sequences: float64 [B, 2], the main loss and the counted tokens of each sequence, without a graph.
     """
 
     main: Tensor
     mtp: Tensor
     balance: Tensor
     count: Tensor
+    sequences: Tensor
 
     def __add__(self, other: "TrainingLoss") -> "TrainingLoss":
-        terms = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
-        return TrainingLoss(*(mine + its for mine, its in terms))
+        """The loss of both batches, the sequences of `other` last."""
+        return TrainingLoss(
+            self.main + other.main,
+            self.mtp + other.mtp,
+            self.balance + other.balance,
+            self.count + other.count,
+            torch.cat((self.sequences, other.sequences)),
+        )
 
 
 @dataclass(frozen=True)

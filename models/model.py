@@ -181,7 +181,11 @@ class DeepseekV3(nn.Module):
         keep_BT = counted_positions(targets_BT, mask_BT)
         contexts = self._contexts(RoutingContext(token_positions_R, weights_B=keep_BT.sum(1)), routes)
         hidden_BTD, balance, routings = yield from self._hidden(ids_BT, attend, contexts)
-        main, count = self._cross_entropy(hidden_BTD, targets_BT, keep_BT, None if weights is None else 1.0)
+        wide = torch.promote_types(hidden_BTD.dtype, torch.float32)
+        losses_BT = hidden_BTD.new_empty(keep_BT.shape, dtype=wide)
+        scale = None if weights is None else 1.0
+        main, count = self._cross_entropy(hidden_BTD, targets_BT, keep_BT, scale, losses_BT)
+        sequences_B2 = torch.stack((losses_BT.double().sum(1), keep_BT.sum(1).double()), dim=1)
         depths = self.config.num_nextn_predict_layers
         mtp_scale = None if weights is None or not depths else weights.mtp / depths
         mtp = torch.zeros_like(main)
@@ -199,19 +203,25 @@ class DeepseekV3(nn.Module):
             nll, _ = self._cross_entropy(hidden_BTD, shift_left(targets_BT, depth, -100), chain_BT, mtp_scale)
             mtp = mtp + nll / depths
         self._end()
-        return TrainingLoss(main, mtp, balance, count), routings
+        return TrainingLoss(main, mtp, balance, count, sequences_B2), routings
 
     def _cross_entropy(
-        self, hidden_BTD: Tensor, targets_BT: Tensor, keep_BT: Tensor, scale: float | None = None
+        self,
+        hidden_BTD: Tensor,
+        targets_BT: Tensor,
+        keep_BT: Tensor,
+        scale: float | None = None,
+        losses_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The sum of cross entropies and the number of tokens. scale: its factor in the loss, if the forward adds the
-        head's gradient."""
+        head's gradient. losses_BT: receives the cross entropy of each token."""
         weight_VD = self.lm_head.weight_in(hidden_BTD.dtype)
         into = None
         if scale is not None and torch.is_grad_enabled():
             into = WeightGradient(gradient_of(self.lm_head.weight), scale)
         rows, targets, keep = hidden_BTD.flatten(0, 1), targets_BT.flatten(), keep_BT.flatten()
-        return cross_entropy_sum(rows, weight_VD, targets, keep, into=into)
+        losses = None if losses_BT is None else losses_BT.view(-1)
+        return cross_entropy_sum(rows, weight_VD, targets, keep, into=into, losses=losses)
 
     @torch.no_grad()
     def forward_cached(

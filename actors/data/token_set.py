@@ -66,11 +66,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class StoredSequences:
-    """Packed sequences as they are stored and sent to ranks: ids [n, sequence_length], uint16 or uint32."""
+    """Packed sequences as they are stored and sent to ranks: ids [n, sequence_length], uint16 or uint32. sources: of
+    each, its index in the sorted names; None if unknown."""
 
     ids: npt.NDArray[np.unsignedinteger]
     eos: int
     pad: int
+    sources: npt.NDArray[np.int32] | None = None
 
     def unpacked(self) -> Batch:
         """Documents and padding follow from the tokens, so they are not sent."""
@@ -78,19 +80,21 @@ class StoredSequences:
         mask = np.logical_or.accumulate(ids[:, ::-1] != self.pad, axis=1)[:, ::-1]
         ends = (ids == self.eos).astype(np.int32)
         documents = np.cumsum(ends, axis=1, dtype=np.int32) - ends  # number of documents that ended before
-        return Batch(ids, documents, np.ascontiguousarray(mask))  # torch takes no reversed arrays
+        return Batch(ids, documents, np.ascontiguousarray(mask), self.sources)  # torch takes no reversed arrays
 
 
 @dataclass(frozen=True)
 class Batch:
     """Packed sequences; all arrays [n, sequence_length].
 
-    documents: document numbers, from 0 in each sequence. mask: False for padding.
+    documents: document numbers, from 0 in each sequence. mask: False for padding. sources: [n], indices in the sorted
+    names of the sources; None if unknown.
     """
 
     ids: npt.NDArray[np.int64]
     documents: npt.NDArray[np.int32]
     mask: npt.NDArray[np.bool_]
+    sources: npt.NDArray[np.int32] | None = None
 
 
 def write_token_shard(folder: AnyPath, number: int, packed: npt.NDArray[np.unsignedinteger], pieces: pa.Table) -> Shard:

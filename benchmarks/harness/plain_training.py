@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moray.actors.data.data_worker import DataWorker
+from moray.actors.data.held_out import HeldOutPlan
 from moray.actors.data.token_set import Batch, TokenVocabulary, write_index, write_token_shard
 from moray.kernels.util.host_memory import keep_freed_memory
 from moray.pipelines.pretrain.config import TrainingJob
@@ -57,6 +58,9 @@ class Reader:
 
     def receive(self, handle: Any) -> Batch:
         return self._reader.batch(*handle).unpacked()
+
+    def held_out(self, plan: HeldOutPlan, start: int, stop: int) -> Batch:
+        return self._reader.held_out(plan, start, stop).unpacked()
 
 
 def train_here(job: TrainingJob, tokens: str, device: torch.device) -> None:

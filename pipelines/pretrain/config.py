@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, create_model, field_validator
 from pydantic_core import PydanticCustomError
 
+from moray.actors.data.held_out import HeldOutPlan
 from moray.models.config import ModelConfig
 from moray.models.presets import PRESETS
 from moray.platform.plan.config import StepConfig, operational, section
@@ -223,6 +224,20 @@ class Resilience(StepConfig):
     max_failures: int = operational(3, ge=0, description="restarts after failures before the run fails")
 
 
+class ProfiledSteps(StepConfig):
+    """A recording of some steps by torch's profiler, into the folder `profile` of the step."""
+
+    steps: tuple[int, int] = Field(description="first and last recorded step, counted from 1")
+    ranks: tuple[int, ...] = Field((0,), min_length=1, description="ranks that record")
+
+    @field_validator("steps")
+    @classmethod
+    def _ascend(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= value[0] <= value[1]:
+            raise ValueError(f"{list(value)} must be a first step, from 1, and a last one that is not smaller")
+        return value
+
+
 class PretrainConfig(StepConfig):
     """`with:` of the pretrain step."""
 
@@ -262,6 +277,15 @@ class PretrainConfig(StepConfig):
     parallel: Parallel = section(Parallel)
     checkpoint: Checkpoint = section(Checkpoint)
     resilience: Resilience = section(Resilience)
+    evaluate_every: int | None = operational(
+        None, gt=0, description="steps between measurements of the loss on held-out tokens (default: never)"
+    )
+    evaluate_sequences: int = operational(
+        64, gt=0, description="held-out sequences of each source, the same in each measurement"
+    )
+    profile: ProfiledSteps | None = operational(
+        None, description="record a trace of some steps on some ranks, and on GPUs the memory's history"
+    )
     data_workers: int = operational(1, gt=0, description="Ray actors that read and assemble batches")
     prefetch: int = operational(2, gt=0, description="batches that are requested in advance")
     stream_tokens: bool = operational(
@@ -285,3 +309,5 @@ class TrainingJob:
     step: str
     threads: int
     initial: str | None = None  # a Hugging Face folder with the initial weights
+    sources: tuple[str, ...] = ()  # sorted names of the sources of the training tokens, of which losses are reported
+    held_out: HeldOutPlan | None = None  # for `evaluate_every`

@@ -11,23 +11,27 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from moray.actors.data.held_out import HeldOutPlan
 from moray.actors.data.token_set import Batch, StoredSequences
 from moray.actors.rank_watch import Beat, Pulse
 from moray.kernels.util.host_memory import keep_freed_memory
 from moray.pipelines.pretrain.checkpoint.checkpoints import CheckpointFailed
 from moray.pipelines.pretrain.config import TrainingJob
 from moray.pipelines.pretrain.garbage import StepCollector, collected_by_steps
+from moray.pipelines.pretrain.held_out_loss import held_out_loss
 from moray.pipelines.pretrain.layout import dense_ranks, usable_layout
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.report import Report, StartTimer
 from moray.pipelines.pretrain.resilience.flight_recorder import position
 from moray.pipelines.pretrain.resilience.preemption import NoPreemption, PreemptionNotice
 from moray.pipelines.pretrain.resilience.routing_replay import Anticipation
+from moray.pipelines.pretrain.step_profiler import StepProfiler
 from moray.pipelines.pretrain.train_step import drop, measure, take
 from moray.pipelines.pretrain.worker import Worker, assemble, initialize
 from moray.platform.core.events import EventLog
@@ -44,6 +48,9 @@ class BatchSource(Protocol):
     def receive(self, handle: Any) -> Batch:
         """The requested batch; waits for it."""
 
+    def held_out(self, plan: HeldOutPlan, start: int, stop: int) -> Batch:
+        """Slots [start, stop) of the held-out sequences; waits for them."""
+
 
 class Loaders:
     """DataWorker actors as the BatchSource of one rank. The ranks ask different ones in each step, and take turns."""
@@ -59,6 +66,9 @@ class Loaders:
 
         stored: StoredSequences = ray.get(handle)
         return stored.unpacked()
+
+    def held_out(self, plan: HeldOutPlan, start: int, stop: int) -> Batch:
+        return self.receive(self._actors[self._rank % len(self._actors)].held_out.remote(plan, start, stop))
 
 
 def train_steps(settings: dict[str, Any]) -> None:
@@ -145,6 +155,8 @@ class Loop:
         self._save_seconds = 0.0  # duration of the last save
         self._preempted = False  # a machine will be preempted soon: save now
         self._anticipation = Anticipation(worker, self._batch_of)
+        folder = any_path(worker.job.folder)
+        self._profiler = StepProfiler(worker.job.config.profile, worker.mesh.rank, worker.device, folder)
 
     def advance(self, first: int, garbage: StepCollector) -> int:
         """Trains from step `first` to the last step. Returns the step to continue at, which is earlier after a
@@ -152,13 +164,17 @@ class Loop:
         worker, checkpoints, steps = self._worker, self._worker.checkpoints, self._worker.job.config.steps
         for step, batch, waited in self._batches(first, steps):
             worker.step = step
-            if not self._attempt(step, batch, waited):
-                return self._roll_back(step)
+            self._profiler.before(step + 1)
+            with self._profiler.watching():
+                if not self._attempt(step, batch, waited):
+                    return self._roll_back(step)
             if step == first:
                 self._start.reached("first step")
                 self._report.started(self._start)
             done = step + 1
             garbage.after(done)
+            self._report.profiled(self._profiler.after(done))
+            self._evaluate(done)
             if self._preempted:
                 self._save_before_preemption(done)
             elif done == steps or done % worker.job.config.checkpoint.every == 0:
@@ -168,6 +184,17 @@ class Loop:
             self._report.saved(ended)
             self._report.archived(checkpoints.archived())
         return steps
+
+    def _evaluate(self, done: int) -> None:
+        """Measures the loss on held-out tokens, if it is due after this step."""
+        worker, every = self._worker, self._worker.job.config.evaluate_every
+        plan = worker.job.held_out
+        if every is None or plan is None or (done % every and done != worker.job.config.steps):
+            return
+        began = time.monotonic()
+        with worker.doing("measuring the held-out loss"):
+            found = held_out_loss(worker, plan, partial(self._source.held_out, plan))
+        self._report.held_out(done, found, time.monotonic() - began)
 
     def _save(self, done: int) -> None:
         with self._worker.doing("writing a checkpoint"):
@@ -195,6 +222,7 @@ class Loop:
         decision = guard.decide(step, measured.loss, measured.norm)
         if decision == "take":
             metrics, load_L = take(worker, step, measured)
+            self._report.count_sources(measured.sources)
             self._report.add(step + 1, worker.tokens_before(step + 1), metrics, load_L, waited)
             return True
         drop(worker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Literal
 
 import psutil
@@ -14,10 +15,12 @@ from moray.models.flops import utilisation
 from moray.pipelines.pretrain.checkpoint.archive import Archived
 from moray.pipelines.pretrain.checkpoint.checkpoints import Restored, Saved
 from moray.pipelines.pretrain.gauges import Gauges
+from moray.pipelines.pretrain.held_out_loss import HeldOutLoss
 from moray.pipelines.pretrain.peak_flops import peak_flops
 from moray.pipelines.pretrain.resilience.guard import GuardRecord
 from moray.pipelines.pretrain.worker import Worker
 from moray.platform.core.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
+from moray.platform.store.paths import AnyPath
 
 _OLDER_WEIGHTS = "older weights route tokens for the next steps"
 REPORT_SECONDS = 1.0
@@ -51,7 +54,8 @@ class Report:
         self._waited = 0.0
         self._layers = worker.job.model.moe_layers
         self._peak = peak_flops(worker.device) if events else math.inf
-        self._load_row = -1
+        self._load_row = self._sources_row = -1
+        self._by_source = [0.0] * (2 * len(worker.job.sources))  # losses and targets since they were reported
         self._failures = 0
         self._archive_failures = 0
 
@@ -73,6 +77,7 @@ class Report:
         self._metric("train_data_wait", self._waited / elapsed, step)
         self._metric("train_exposed_communication", self._worker.mesh.clock.take() / elapsed, step)
         self._use(rate, step)
+        self._sources(tokens, step)
         self._load(load_L, tokens, step)
         self._events.append(
             ProgressEvent(step=self._step, phase="training", done=tokens, total=self._total, unit="tokens")
@@ -105,6 +110,22 @@ class Report:
                     "copy is retried",
                     "warning",
                 )
+
+    def count_sources(self, sums: Sequence[float]) -> None:
+        """Adds a step's losses and targets by source (`Measured.sources`)."""
+        self._by_source = [before + more for before, more in zip(self._by_source, sums, strict=True)]
+
+    def held_out(self, step: int, found: HeldOutLoss, seconds: float) -> None:
+        """Reports the held-out loss. seconds: the duration of its measurement, which is no training time."""
+        for source, loss in {"all": found.total, **found.sources}.items():
+            self._metric("train_heldout_loss", loss, step, source=source)
+        self._metric("train_heldout_seconds", seconds, step)
+        self._last = (self._last[0] + seconds, self._last[1])
+
+    def profiled(self, trace: AnyPath | None) -> None:
+        """Reports where a trace was written, if one was."""
+        if trace is not None:
+            self.note(f"profile: {trace}")
 
     def restored(self, restored: Restored) -> None:
         """Reports the checkpoint and the number of ranks that training resumes with, and warnings of the restore."""
@@ -166,6 +187,16 @@ class Report:
             for layer, load in zip(self._layers, load_L.tolist(), strict=True):
                 self._metric("train_expert_load", load, step, layer=str(layer))
             self._load_row = row
+
+    def _sources(self, tokens: int, step: int) -> None:
+        """Reports the mean loss of every source since the last time, LOAD_ROWS times per run."""
+        row = tokens * LOAD_ROWS // self._total
+        if row > self._sources_row:
+            pairs = zip(self._by_source[::2], self._by_source[1::2], strict=True)
+            for source, (loss, count) in zip(self._worker.job.sources, pairs, strict=True):
+                if count:
+                    self._metric("train_loss_by_source", loss / count, step, source=source)
+            self._by_source, self._sources_row = [0.0] * len(self._by_source), row
 
     def _metric(self, name: str, value: float, step: int = 0, **labels: str) -> None:
         if self._events:

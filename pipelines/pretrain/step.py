@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
+from moray.actors.data.held_out import HeldOutPlan
 from moray.actors.data.token_set import TokenSet, TokenVocabulary, open_token_sets
 from moray.models.config import ModelConfig
 from moray.models.presets import parameter_count
@@ -85,6 +86,8 @@ class Pretrain(Step[PretrainConfig]):
             step=ctx.step,
             initial=ctx.inputs["model"].address if "model" in ctx.inputs else None,
             threads=max(1, topology.cpus // settings.parallel.workers),
+            sources=tuple(sorted(sets)),
+            held_out=_held_out(ctx.config, tokens),
         )
         size = parameter_count(config)
         parameters = f"{size.total / 1e6:.1f}M parameters, {size.active / 1e6:.1f}M active per token"
@@ -133,6 +136,23 @@ def _tokens(ctx: StepContext[PretrainConfig]) -> Artifact:
     """The tokens, with their files on this machine unless they are streamed or read by other hosts."""
     found = ctx.inputs["tokens"]
     return found if ctx.config.stream_tokens or ctx.stored or not found.url else ctx.artifact(found.reference)
+
+
+def _held_out(config: PretrainConfig, tokens: str) -> HeldOutPlan | None:
+    """The held-out sequences that training measures. Raises InputError if there are none."""
+    if config.evaluate_every is None:
+        return None
+    address = f"{tokens.removesuffix('train')}heldout"
+    try:
+        found = {name: token_set.sequences for name, token_set in open_token_sets(address).items()}
+    except (ValueError, FileNotFoundError):
+        found = {}
+    if not sum(found.values()):
+        raise InputError(
+            "pretrain.evaluate_every: the tokens have no held-out part",
+            "hold out documents (`heldout` of the step split, or of a pretokenized source), or remove evaluate_every",
+        )
+    return HeldOutPlan.of(address, found, config.evaluate_sequences)
 
 
 def _open(tokens: str) -> dict[str, TokenSet]:

@@ -38,6 +38,7 @@ class Measured:
 
     loss, prediction: main and MTP loss, nats per token. balance: balance loss per layer. norm: gradient norm before
     clipping. flags: number of ranks that set their flag. count: number of targets; if 0, all other values are 0.
+    sources: the sum of main losses and the number of targets of each source of `job.sources`, one after another.
     """
 
     loss: float
@@ -46,6 +47,7 @@ class Measured:
     norm: float
     flags: int
     count: int
+    sources: tuple[float, ...] = ()
 
     @property
     def is_finite(self) -> bool:
@@ -87,25 +89,35 @@ def measure(worker: Worker, batch: Batch, step: int, routes: Routes | None = Non
     config = worker.job.config
     mtp = prediction_weight(config.schedule, worker.tokens_before(step), worker.total_tokens)
     weights = LossWeights(mtp, config.balance_factor)
-    totals = torch.zeros(6, dtype=torch.float64, device=worker.device)
+    totals = torch.zeros(6 + 2 * len(worker.job.sources), dtype=torch.float64, device=worker.device)
     totals[4] = flag
+    sequences: list[torch.Tensor] = []
     for terms, last in _losses(worker, batch, step, routes, weights):
         worker.optimizer.backward(weights.of(terms), last)
         if worker.deferred is not None:
             worker.deferred.finish()
         sums = (terms.main, terms.mtp, terms.balance, terms.count)
         totals[:4] += torch.stack([value.detach().double() for value in sums])
+        sequences.append(terms.sequences)
     if worker.check is not None:
         totals[5] = worker.check.total()
-    _sum_over_ranks(worker, totals)
-    main, prediction, balance, count, flags, corrupt = totals.tolist()
+    add_by_source(totals[6:].view(-1, 2), torch.cat(sequences), batch)
+    sum_over_ranks(worker, totals)
+    main, prediction, balance, count, flags, corrupt, *sources = totals.tolist()
     if corrupt:
         raise CorruptExchange(_corrupt(worker, step))
     worker.optimizer.reduce(totals[3].clamp(min=1).to(torch.float32))
     norm = worker.optimizer.clip(config.optimizer.clip).item()
     layers = max(1, len(worker.job.model.moe_layers))
     tokens = max(1.0, count)
-    return Measured(main / tokens, prediction / tokens, balance / (tokens * layers), norm, int(flags), int(count))
+    means = (main / tokens, prediction / tokens, balance / (tokens * layers))
+    return Measured(*means, norm, int(flags), int(count), tuple(sources))
+
+
+def add_by_source(found_S2: torch.Tensor, sequences_B2: torch.Tensor, batch: Batch) -> None:
+    """Adds a batch's sequences, the sum of losses and the number of targets of each, to those of their sources."""
+    if len(found_S2) and batch.sources is not None:
+        found_S2.index_add_(0, on_device(batch.sources.astype(np.int64), found_S2.device), sequences_B2)
 
 
 def _corrupt(worker: Worker, step: int) -> str:
@@ -133,7 +145,7 @@ def take(worker: Worker, step: int, measured: Measured) -> tuple[dict[str, float
     else:
         drop(worker)
     speed = bias_speed(config.schedule, tokens, worker.total_tokens)
-    balance = update_router_biases(worker.model, speed, partial(_sum_over_ranks, worker))
+    balance = update_router_biases(worker.model, speed, partial(sum_over_ranks, worker))
     metrics = {"train_loss": measured.loss}
     if worker.job.model.num_nextn_predict_layers:
         metrics["train_prediction_loss"] = measured.prediction
@@ -181,30 +193,33 @@ def micro_batches(worker: Worker, batch: Batch, step: int) -> Iterator[MicroBatc
     most = -(-worker.plan.size(step) // worker.mesh.world)
     size = worker.job.config.parallel.micro_batch_sequences or most
     for start in range(0, most, size):
-        part = slice(start, start + size)
-        ids, documents, mask = (
-            _on_device(array[part], worker.device) for array in (batch.ids, batch.documents, batch.mask)
-        )
-        targets = torch.full_like(ids, _IGNORED)
-        follows = mask[:, 1:] & (documents[:, 1:] == documents[:, :-1])
-        targets[:, :-1] = torch.where(follows, ids[:, 1:], _IGNORED)
-        shown = documents if worker.job.config.document_mask else None
-        yield MicroBatch(ids, targets, shown, start + size >= most, _rows(batch.mask[part], worker.device))
+        yield micro_batch(worker, batch, slice(start, start + size), last=start + size >= most)
+
+
+def micro_batch(worker: Worker, batch: Batch, part: slice, last: bool) -> MicroBatch:
+    """Some sequences of a batch, on the rank's device."""
+    ids, documents, mask = (on_device(array[part], worker.device) for array in (batch.ids, batch.documents, batch.mask))
+    targets = torch.full_like(ids, _IGNORED)
+    follows = mask[:, 1:] & (documents[:, 1:] == documents[:, :-1])
+    targets[:, :-1] = torch.where(follows, ids[:, 1:], _IGNORED)
+    shown = documents if worker.job.config.document_mask else None
+    return MicroBatch(ids, targets, shown, last, _rows(batch.mask[part], worker.device))
 
 
 def _rows(mask: npt.NDArray[np.bool_], device: torch.device) -> torch.Tensor | None:
     """Flat positions of tokens, computed on the host, which holds the batch; None if there is no padding."""
-    return None if mask.all() else _on_device(np.flatnonzero(mask), device)
+    return None if mask.all() else on_device(np.flatnonzero(mask), device)
 
 
-def _on_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+def on_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """A copy that the host does not wait for."""
     source = torch.from_numpy(array)
     held = runtime(device).host_tensor(source.shape, source.dtype).copy_(source)
     return held.to(device, non_blocking=True)
 
 
-def _sum_over_ranks(worker: Worker, tensor: torch.Tensor) -> None:
+def sum_over_ranks(worker: Worker, tensor: torch.Tensor) -> None:
+    """Sums a tensor over all ranks, in place."""
     if worker.mesh.world > 1:
         with worker.mesh.clock.over(tensor.device):
             dist.all_reduce(tensor)

@@ -66,6 +66,8 @@ def _check_model_section(section: Any, continues: bool) -> None:
 
 def _check_workers(config: PretrainConfig, model: ModelConfig | None) -> None:
     batch_plan(config, sequence_length=1)
+    if config.profile and config.profile.steps[0] > config.steps:
+        raise ValueError(f"profile.steps begins at step {config.profile.steps[0]}; training has {config.steps}")
     parallel, least = config.parallel, config.resilience.min_workers
     given = "workers" in parallel.model_fields_set
     world = parallel.workers if given else parallel.expert_parallel
@@ -85,6 +87,9 @@ def check_machines(config: PretrainConfig, topology: Topology) -> PretrainConfig
         check_layout(chosen.parallel.workers, chosen.parallel.expert_parallel)
     with rule_errors("set pretrain.parallel.workers and pretrain.parallel.shard_ranks"):
         check_shards(chosen.parallel.workers, chosen.parallel.shard_ranks)
+    if chosen.profile and (rank := max(chosen.profile.ranks)) >= (ranks := chosen.parallel.workers):
+        hint = f"the ranks are 0 to {ranks - 1}"
+        raise InputError(f"pretrain.profile.ranks: there is no rank {rank} of {ranks} workers", hint)
     if chosen.parallel.dispatch == "deepep":
         _check_deepep(chosen, topology.gpus)
     return chosen

@@ -65,6 +65,21 @@ TABLE: dict[str, Metric] = {
             "",
             "Sequence-wise balance loss per MoE layer, before its factor; 1 is a uniform load",
         ),
+        Metric(
+            "train_loss_by_source",
+            "Loss by source",
+            "nats/token",
+            "Mean next-token loss of a source's tokens since the last report",
+            ("source",),
+        ),
+        Metric(
+            "train_heldout_loss",
+            "Held-out loss",
+            "nats/token",
+            "Mean next-token loss of held-out tokens, of a source or of all",
+            ("source",),
+        ),
+        Metric("train_heldout_seconds", "Held-out time", "s", "Duration of a measurement of the held-out loss"),
         Metric("train_grad_norm", "Gradient norm", "", "Global gradient norm before clipping"),
         Metric("train_learning_rate", "Learning rate", "", "Learning rate of the training step", digits=6),
         Metric(

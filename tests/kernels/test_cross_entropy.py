@@ -40,6 +40,10 @@ def test_equals_full_logits_with_gradients(chunk):
     hidden, weight, targets, keep = _case(torch.float64)
     loss, count = cross_entropy_sum(hidden, weight, targets, keep, chunk)
     full = F.cross_entropy((hidden @ weight.t())[keep], targets[keep], reduction="sum")
+    losses = torch.full((13,), torch.nan, dtype=torch.float64)
+    cross_entropy_sum(hidden, weight, targets, keep, chunk, losses=losses)
+    each = F.cross_entropy(hidden @ weight.t(), targets.clamp(min=0), reduction="none")
+    torch.testing.assert_close(losses, torch.where(keep, each, 0.0).detach(), rtol=1e-12, atol=0)
     assert count == 11
     torch.testing.assert_close(loss, full, rtol=1e-12, atol=0)
     ours = torch.autograd.grad(loss / count, (hidden, weight))
@@ -100,8 +104,9 @@ def _random(tokens, vocab, exponent, dtype, seed):
 @settings(max_examples=examples(15))
 def test_a_chunks_loss_and_gradient_are_the_references_and_near_fp64(tokens, vocab, exponent, dtype, seed):
     case = _random(tokens, vocab, exponent, dtype, seed)
-    loss, gradient = module._chunk_triton(*case, True)
-    other_loss, other_gradient = module._chunk_reference(*case, True)
+    losses, gradient = module._chunk_triton(*case, True)
+    other_losses, other_gradient = module._chunk_reference(*case, True)
+    loss, other_loss = losses.sum(), other_losses.sum()
     _, _, targets, keep = case
     logits = (case[0] @ case[1].t()).double().requires_grad_()
     exact = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")

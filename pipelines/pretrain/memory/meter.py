@@ -60,7 +60,7 @@ PARTS: dict[str, dict[str, str]] = {
     "models/whole_layer.py": {"_to_host": "offloaded activations"},
     "pipelines/pretrain/optim/ema.py": {"*": "moving average"},
     "pipelines/pretrain/checkpoint/host_copy.py": {"*": "checkpoint copy"},
-    "pipelines/pretrain/train_step.py": {"micro_batches": "batch", "_on_device": "batch"},
+    "pipelines/pretrain/train_step.py": {"micro_batches": "batch", "on_device": "batch"},
 }
 OTHER = "activations"
 Answer = Callable[[Tensor], Tensor]  # the tensor that the host reads -> what it finds

@@ -5,9 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from moray.pipelines.pretrain.config import TrainingSchedule
-from moray.pipelines.pretrain.validate import check_backend, check_layout, check_nodes, check_schedule
+from moray.pipelines.pretrain.validate import (
+    check_backend,
+    check_layout,
+    check_machines,
+    check_nodes,
+    check_recipe,
+    check_schedule,
+)
+from moray.platform.core.cluster import Topology
+from moray.platform.core.errors import InputError, RecipeError
 from tests.pipelines.pretrain.settings import pretrain_config
 
 
@@ -57,3 +67,13 @@ def test_a_schedule_with_more_tokens_than_the_run_is_refused() -> None:
     check_schedule(schedule, 1000)
     with pytest.raises(ValueError, match=r"more tokens than the run \(600\): warmup_tokens 100, decay_tokens 400"):
         check_schedule(schedule, 600)
+
+
+def test_a_profile_is_of_steps_and_ranks_that_exist() -> None:
+    with pytest.raises(ValidationError, match=r"\[5, 2\] must be a first step, from 1, and a last one"):
+        pretrain_config(steps=10, profile={"steps": [5, 2]})
+    with pytest.raises(RecipeError, match=r"profile.steps begins at step 11; training has 10"):
+        check_recipe(pretrain_config(steps=10, profile={"steps": [11, 12]}), continues=False)
+    config = pretrain_config(steps=10, workers=2, profile={"steps": [5, 6], "ranks": [0, 2]})
+    with pytest.raises(InputError, match=r"pretrain.profile.ranks: there is no rank 2 of 2 workers"):
+        check_machines(config, Topology(cpus=2, gpus=0, memory_bytes=1 << 30))

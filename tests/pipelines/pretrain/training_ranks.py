@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moray.actors.data.held_out import HeldOutPlan
 from moray.actors.data.token_set import Batch
 from moray.models.anticipation import choose_experts
 from moray.models.expert_parallel.all_to_all import _PendingCollective
@@ -24,6 +25,7 @@ from moray.models.presets import preset
 from moray.pipelines.pretrain.checkpoint import checkpoints
 from moray.pipelines.pretrain.checkpoint.checkpoint_index import merge_listings
 from moray.pipelines.pretrain.config import TrainingJob
+from moray.pipelines.pretrain.held_out_loss import HeldOutLoss, held_out_loss
 from moray.pipelines.pretrain.layout import dense_ranks
 from moray.pipelines.pretrain.mesh import Mesh
 from moray.pipelines.pretrain.optim import reduction
@@ -121,6 +123,37 @@ def part_of(worker: Worker, step: int) -> Batch:
 def held(worker: Worker) -> Arrays:
     """Live state by `kind/name@offset`, copied."""
     return {f"{f.kind}/{f.name}@{f.offset}": f.tensor.numpy().copy() for f in worker.state.fragments()}
+
+
+def sourced_batch(step: int) -> Batch:
+    """`global_batch` of two sources that take turns."""
+    whole = global_batch(step)
+    return dataclasses.replace(whole, sources=(np.arange(SEQUENCES) % 2).astype(np.int32))
+
+
+def with_sources(whole: Batch, start: int, stop: int) -> Batch:
+    """Sequences [start, stop)."""
+    assert whole.sources is not None
+    part = slice(start, stop)
+    return Batch(whole.ids[part], whole.documents[part], whole.mask[part], whole.sources[part])
+
+
+def held_out_while_training(settings: dict[str, Any]) -> tuple[list[HeldOutLoss], list[float]]:
+    """The held-out loss after each of three steps, and the losses of training."""
+    worker = toy_worker("unused", **settings)
+    plan = HeldOutPlan.of("unused", {"even": 4, "odd": 3}, most=4)
+    whole = sourced_batch(1000)
+    order = [*range(0, 8, 2), *range(1, 7, 2)]  # the slots: of the first source, then of the second
+
+    def read(start: int, stop: int) -> Batch:
+        chosen = order[start:stop]
+        return Batch(whole.ids[chosen], whole.documents[chosen], whole.mask[chosen], whole.sources[chosen])
+
+    found, losses = [], []
+    for metrics in steps(worker, 0, 3):
+        losses.append(metrics["train_loss"])
+        found.append(held_out_loss(worker, plan, read))
+    return found, losses
 
 
 def train(count: int, settings: dict[str, Any]) -> Trace:
