@@ -7,8 +7,9 @@ runs on its group's own stream, after the work that its caller had issued, and `
 it; until then torch holds its tensors. As with torch's caching allocator, freed memory may be used again at once by the
 stream that allocated it. A copy to the host waits: what is issued later comes after it on all streams.
 
-An access is a hazard if it is not ordered after the last write, or a write not after all reads. So is an operation of
-the stream that allocated a freed tensor, if another stream's access to that tensor is not ordered before it.
+An access is a hazard if it is not ordered after the last write of the same elements, or a write not after all reads of
+them: a collective may sum a part of a buffer while others are written. So is an operation of the stream that allocated
+a freed tensor, if another stream's access to that tensor is not ordered before it.
 """
 
 from __future__ import annotations
@@ -34,20 +35,33 @@ from moray.pipelines.pretrain.optim import unit
 
 Clock = Counter[str]  # by stream, how many of its operations come before
 MAIN = "main"
+_ALL = 1 << 62
+
+
+Access = tuple[str, int, int]  # stream, first element, end
 
 
 @dataclass
 class Storage:
-    """home: the stream that allocated it. writer and readers: (stream, number of the operation) since the last
-    write."""
+    """home: the stream that allocated it. writes and reads: the number of the last operation of each access that no
+    later write covers."""
 
     home: str
-    writer: tuple[str, int] | None = None
-    readers: list[tuple[str, int]] = field(default_factory=list)
+    writes: dict[Access, int] = field(default_factory=dict)
+    reads: dict[Access, int] = field(default_factory=dict)
     name: str = ""
 
-    def accesses(self) -> list[tuple[str, int]]:
-        return [*([self.writer] if self.writer else []), *self.readers]
+    def accesses(self, begin: int, end: int, written: bool = False) -> list[tuple[str, int]]:
+        """(stream, number) of the accesses to some elements; with `written`, of the writes only."""
+        found = self.writes.items() if written else [*self.writes.items(), *self.reads.items()]
+        return [(stream, number) for (stream, first, last), number in found if first < end and begin < last]
+
+    def write(self, access: Access, number: int) -> None:
+        _, begin, end = access
+        for accesses in (self.writes, self.reads):
+            for covered in [one for one in accesses if begin <= one[1] and one[2] <= end]:
+                del accesses[covered]
+        self.writes[access] = number
 
 
 class Streams(TorchDispatchMode):
@@ -96,17 +110,18 @@ class Streams(TorchDispatchMode):
         self.operations[stream] += 1
         self.wait(stream, self._host)
         for storage in self._freed.pop(stream, []):
-            self._check(name, "may take the memory of", storage, storage.accesses())
+            self._check(name, "may take the memory of", storage, storage.accesses(0, _ALL))
         self._clocks[stream][stream] += 1
         number = self._clocks[stream][stream]
         for tensor in reads:
-            storage = self._storage(tensor)
-            self._check(name, "reads", storage, [storage.writer] if storage.writer else [])
-            storage.readers.append((stream, number))
+            storage, (begin, end) = self._storage(tensor), _extent(tensor)
+            self._check(name, "reads", storage, storage.accesses(begin, end, written=True))
+            storage.reads[stream, begin, end] = number
         for tensor in writes:
-            storage = self._storage(tensor)
-            self._check(name, "writes", storage, storage.accesses())
-            storage.writer, storage.readers, storage.name = (stream, number), [], storage.name or name
+            storage, (begin, end) = self._storage(tensor), _extent(tensor)
+            self._check(name, "writes", storage, storage.accesses(begin, end))
+            storage.write((stream, begin, end), number)
+            storage.name = storage.name or name
 
     def _check(self, name: str, does: str, storage: Storage, before: list[tuple[str, int]]) -> None:
         for other, number in before:
@@ -151,6 +166,13 @@ class Streams(TorchDispatchMode):
     def launch(self, kernel: Any, arguments: Sequence[Any]) -> None:
         """A Triton kernel. It may write all its tensors: nothing says which, and no two streams read one at once."""
         self.access(getattr(kernel, "__name__", "a kernel"), [], _tensors(arguments))
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first of its storage's elements, and the end."""
+    begin = tensor.storage_offset()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return begin, begin + (1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0)
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:

@@ -21,6 +21,7 @@ from moray.pipelines.pretrain.memory.measure import _answers, _batch
 from moray.pipelines.pretrain.memory.meter import MemoryMeter
 from moray.pipelines.pretrain.memory.row_counts import row_counts
 from moray.pipelines.pretrain.memory.stand_ins import unsent_group, unsent_mesh
+from moray.pipelines.pretrain.optim import reduction
 from moray.pipelines.pretrain.train_step import measure, take
 from moray.pipelines.pretrain.worker import assemble
 from tests.examples import examples
@@ -36,7 +37,10 @@ def recorded_step(ep: int, width: int, **settings: Any) -> Streams:
     parallel = job.config.parallel
     counts, pairs_L = row_counts(job.model, ep, width, (parallel.micro_batch_sequences or 4) * LENGTH, 1.0)
     meter, streams = MemoryMeter(_answers(counts, pairs_L)), Streams()
-    with unsent_group(0, ep), metered(meter), recorded(streams):
+    with pytest.MonkeyPatch.context() as patch, unsent_group(0, ep), metered(meter), recorded(streams):
+        patch.setattr(
+            reduction, "_MIN_ELEMENTS", 1
+        )  # else all of a toy's gradients would be reduced after the backward
         worker = assemble(job, unsent_mesh(0, ep, ep, parallel.shard_ranks or ep, width), META)
         worker.optimizer.refresh_weights()
         for step in range(2):
