@@ -22,6 +22,9 @@ class Event(Protocol):
     def record(self) -> None:
         """Sets the point: the end of the work that was issued so far."""
 
+    def query(self) -> bool:
+        """Whether the device has reached the point."""
+
     def synchronize(self) -> None:
         """Waits until the device has reached the point."""
 
@@ -79,6 +82,9 @@ class _HostEvent:
 
     def record(self) -> None:
         self._at = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
 
     def synchronize(self) -> None:
         pass

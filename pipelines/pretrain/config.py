@@ -205,10 +205,21 @@ class Checkpoint(StepConfig):
     )
 
 
+class Stragglers(StepConfig):
+    """Ranks that stay slower than the others: when a warning names them (`stragglers.py`)."""
+
+    every: int = Field(10, gt=0, description="steps between comparisons of the ranks' busy times")
+    excess: float = Field(
+        0.2, gt=0, description="busy time above the median rank's, as a share of it, from which a rank is slow"
+    )
+    reports: int = Field(6, gt=0, description="comparisons in a row in which a rank is slow before the warning")
+
+
 class Resilience(StepConfig):
-    """Reactions to bad batches, hangs and lost machines."""
+    """Reactions to bad batches, slow ranks, hangs and lost machines."""
 
     spikes: Spikes = Spikes()
+    stragglers: Stragglers = operational(Stragglers(), description="ranks that stay slower than the others")
     min_workers: int | None = operational(
         None,
         gt=0,

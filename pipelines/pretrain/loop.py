@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from moray.pipelines.pretrain.resilience.flight_recorder import position
 from moray.pipelines.pretrain.resilience.preemption import NoPreemption, PreemptionNotice
 from moray.pipelines.pretrain.resilience.routing_replay import Anticipation
 from moray.pipelines.pretrain.step_profiler import StepProfiler
+from moray.pipelines.pretrain.stragglers import BusyTimer
 from moray.pipelines.pretrain.train_step import drop, measure, take
 from moray.pipelines.pretrain.worker import Worker, assemble, initialize
 from moray.platform.core.events import EventLog
@@ -126,7 +128,7 @@ def run_training(
         if not restored.steps:
             initialize(worker)
     start.reached("checkpoint")
-    report = Report(worker, events, restored.tokens)
+    report = Report(worker, events, restored.tokens, worker.mesh.to_first(socket.gethostname()))
     report.restored(restored)
     loop = Loop(worker, source, report, start, notice or NoPreemption())
     at = restored.steps
@@ -157,6 +159,7 @@ class Loop:
         self._anticipation = Anticipation(worker, self._batch_of)
         folder = any_path(worker.job.folder)
         self._profiler = StepProfiler(worker.job.config.profile, worker.mesh.rank, worker.device, folder)
+        self._busy = BusyTimer(worker.mesh.clock, worker.job.config.resilience.stragglers.every)
 
     def advance(self, first: int, garbage: StepCollector) -> int:
         """Trains from step `first` to the last step. Returns the step to continue at, which is earlier after a
@@ -165,9 +168,10 @@ class Loop:
         for step, batch, waited in self._batches(first, steps):
             worker.step = step
             self._profiler.before(step + 1)
-            with self._profiler.watching():
-                if not self._attempt(step, batch, waited):
-                    return self._roll_back(step)
+            with self._profiler.watching(), self._busy.step(waited):
+                taken = self._attempt(step, batch, waited)
+            if not taken:
+                return self._roll_back(step)
             if step == first:
                 self._start.reached("first step")
                 self._report.started(self._start)
@@ -215,8 +219,10 @@ class Loop:
         if guard.skips(step):
             return True
         due = self._notice.is_due(self._save_seconds)
-        measured = measure(worker, batch, step, self._anticipation.routes(step), due)
+        routes, busy = self._anticipation.routes(step), self._busy.due(step)
+        measured = measure(worker, batch, step, routes, due, busy)
         self._preempted = measured.flags > 0
+        self._report.compared(step + 1, measured.busy_R)
         if not measured.count:
             return self._skip_empty(step)
         decision = guard.decide(step, measured.loss, measured.norm)

@@ -36,7 +36,7 @@ class Mesh:
 
     ep_group: ranks that partition the experts. edp_group: ranks with the same experts. Both are None if they have one
     rank. io_group: all ranks over gloo, for work beside training, such as checkpoints. clock: measures exposed
-    communication on rank 0, which reports it.
+    communication.
 
     dense: consecutive ranks that share dense weights, all by default. dense_groups: these ranks, and those with the
     same share, if neither is all ranks. node_groups: the ranks of the EP group with this one's number in their node,
@@ -76,7 +76,7 @@ class Mesh:
             node_groups = between, within
         io_group = dist.new_group(backend="gloo", group_desc="checkpoints")
         _ready(io_group, torch.device("cpu"))
-        clock = Stopwatch(on=rank == 0)
+        clock = Stopwatch()
         return cls(rank, world, ep, ep_group, edp_group, io_group, clock, dense, dense_groups, node_groups)
 
     @staticmethod
@@ -103,6 +103,14 @@ class Mesh:
         dist.broadcast_object_list(found, 0, self.io_group)
         value: T = found[0]
         return value
+
+    def to_first(self, mine: T) -> list[T]:
+        """Gathers a value of every rank on rank 0, in the order of ranks. Returns an empty list on the other ranks."""
+        if self.io_group is None:
+            return [mine]
+        found: list[Any] = [None] * self.world if self.rank == 0 else []
+        dist.gather_object(mine, found or None, 0, self.io_group)
+        return found
 
     @property
     def edp(self) -> int:

@@ -18,6 +18,7 @@ from moray.pipelines.pretrain.gauges import Gauges
 from moray.pipelines.pretrain.held_out_loss import HeldOutLoss
 from moray.pipelines.pretrain.peak_flops import peak_flops
 from moray.pipelines.pretrain.resilience.guard import GuardRecord
+from moray.pipelines.pretrain.stragglers import StragglerWatch
 from moray.pipelines.pretrain.worker import Worker
 from moray.platform.core.events import EventLog, MetricEvent, NoteEvent, ProgressEvent
 from moray.platform.store.paths import AnyPath
@@ -42,9 +43,9 @@ class StartTimer:
 
 
 class Report:
-    """Writes events on rank 0: a loss for every step, progress and rates about once a second."""
+    """Writes events on rank 0: a loss for every step, progress and rates about once a second. hosts: of each rank."""
 
-    def __init__(self, worker: Worker, events: EventLog | None, tokens: int) -> None:
+    def __init__(self, worker: Worker, events: EventLog | None, tokens: int, hosts: Sequence[str]) -> None:
         self._worker = worker
         self._step = worker.job.step
         self._total = worker.total_tokens
@@ -56,6 +57,8 @@ class Report:
         self._peak = peak_flops(worker.device) if events else math.inf
         self._load_row = self._sources_row = -1
         self._by_source = [0.0] * (2 * len(worker.job.sources))  # losses and targets since they were reported
+        self._stragglers = StragglerWatch(worker.job.config.resilience.stragglers, hosts)
+        self._straggler = ""  # shown beside the progress
         self._failures = 0
         self._archive_failures = 0
 
@@ -80,9 +83,33 @@ class Report:
         self._sources(tokens, step)
         self._load(load_L, tokens, step)
         self._events.append(
-            ProgressEvent(step=self._step, phase="training", done=tokens, total=self._total, unit="tokens")
+            ProgressEvent(
+                step=self._step,
+                phase="training",
+                done=tokens,
+                total=self._total,
+                unit="tokens",
+                detail=self._straggler,
+            )
         )
         self._last, self._waited = (now, tokens), 0.0
+
+    def compared(self, step: int, busy_R: Sequence[float]) -> None:
+        """Reports the slowest of the ranks by their busy times, and warns of ranks that stay slow. Does nothing if
+        `busy_R` is empty, as in steps that compare no times."""
+        if self._events is None or not busy_R:
+            return
+        slowest, warning = self._stragglers.update(busy_R)
+        if slowest is None:
+            return
+        self._metric("train_slowest_rank", slowest.rank, step)
+        self._metric("train_slowest_rank_excess", slowest.excess, step)
+        self._metric("train_busy_seconds", slowest.seconds, step, rank="slowest")
+        self._metric("train_busy_seconds", slowest.median, step, rank="median")
+        is_slow = self._stragglers.exceeds(slowest)
+        self._straggler = f"{self._stragglers.place(slowest.rank)} is {slowest.excess:.0%} slower" if is_slow else ""
+        if warning:
+            self.note(warning, "warning")
 
     def saved(self, ended: list[Saved]) -> None:
         """Reports saves that ended; a failed save is a warning."""

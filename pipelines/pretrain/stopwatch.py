@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,21 +13,15 @@ from moray.kernels.util.device import Event, runtime
 
 
 class Stopwatch:
-    """Sums the time spent in its `over` blocks: host time for CPU work, stream time for GPU work.
+    """Sums the time spent in its `over` blocks: host time for CPU work, stream time for GPU work."""
 
-    on: False disables it, so that events do not pile up on ranks that report nothing.
-    """
-
-    def __init__(self, on: bool = True) -> None:
-        self._on = on
+    def __init__(self) -> None:
         self._seconds = 0.0
-        self._spans: list[tuple[Event, Event]] = []
+        self._taken = 0.0
+        self._spans: deque[tuple[Event, Event]] = deque()  # whose time is not in `_seconds` yet
 
     @contextmanager
     def over(self, device: torch.device) -> Iterator[None]:
-        if not self._on:
-            yield
-            return
         if device.type == "cpu":
             began = time.perf_counter()
             try:
@@ -40,11 +35,17 @@ class Stopwatch:
         end.record()
         self._spans.append((begin, end))
 
+    def total(self) -> float:
+        """Seconds of all blocks that the device has finished. Does not wait for the device."""
+        while self._spans and self._spans[0][1].query():
+            begin, end = self._spans.popleft()
+            self._seconds += begin.elapsed_time(end) / 1e3
+        return self._seconds
+
     def take(self) -> float:
-        """Seconds since the last call."""
-        seconds = self._seconds
-        for begin, end in self._spans:
+        """Seconds since the last call, of all blocks. Waits for the device."""
+        for _, end in self._spans:
             end.synchronize()
-            seconds += begin.elapsed_time(end) / 1e3
-        self._seconds, self._spans = 0.0, []
+        total = self.total()
+        seconds, self._taken = total - self._taken, total
         return seconds

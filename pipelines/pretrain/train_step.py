@@ -39,6 +39,7 @@ class Measured:
     loss, prediction: main and MTP loss, nats per token. balance: balance loss per layer. norm: gradient norm before
     clipping. flags: number of ranks that set their flag. count: number of targets; if 0, all other values are 0.
     sources: the sum of main losses and the number of targets of each source of `job.sources`, one after another.
+    busy_R: seconds of each rank, if they were given.
     """
 
     loss: float
@@ -48,6 +49,7 @@ class Measured:
     flags: int
     count: int
     sources: tuple[float, ...] = ()
+    busy_R: tuple[float, ...] = ()
 
     @property
     def is_finite(self) -> bool:
@@ -80,17 +82,28 @@ def train_step(worker: Worker, batch: Batch, step: int) -> tuple[dict[str, float
     return take(worker, step, measured)
 
 
-def measure(worker: Worker, batch: Batch, step: int, routes: Routes | None = None, flag: bool = False) -> Measured:
+def measure(
+    worker: Worker,
+    batch: Batch,
+    step: int,
+    routes: Routes | None = None,
+    flag: bool = False,
+    busy: float | None = None,
+) -> Measured:
     """Loss and gradient of this rank's part of the global batch, summed over ranks; the gradient is clipped.
 
     `routes` overrides the routers' choice of experts. `flag` signals a condition of this rank to all ranks at the same
-    step. Raises CorruptExchange on all ranks if one received other tokens than were sent to it.
+    step. `busy`, given on all ranks or on none, is a number of seconds that all ranks receive. Raises CorruptExchange
+    on all ranks if one received other tokens than were sent to it.
     """
     config = worker.job.config
     mtp = prediction_weight(config.schedule, worker.tokens_before(step), worker.total_tokens)
     weights = LossWeights(mtp, config.balance_factor)
-    totals = torch.zeros(6 + 2 * len(worker.job.sources), dtype=torch.float64, device=worker.device)
+    by_source, ranks = 2 * len(worker.job.sources), 0 if busy is None else worker.mesh.world
+    totals = torch.zeros(6 + by_source + ranks, dtype=torch.float64, device=worker.device)
     totals[4] = flag
+    if busy is not None:
+        totals[6 + by_source + worker.mesh.rank] = busy
     sequences: list[torch.Tensor] = []
     for terms, last in _losses(worker, batch, step, routes, weights):
         worker.optimizer.backward(weights.of(terms), last)
@@ -101,9 +114,9 @@ def measure(worker: Worker, batch: Batch, step: int, routes: Routes | None = Non
         sequences.append(terms.sequences)
     if worker.check is not None:
         totals[5] = worker.check.total()
-    add_by_source(totals[6:].view(-1, 2), torch.cat(sequences), batch)
+    add_by_source(totals[6 : 6 + by_source].view(-1, 2), torch.cat(sequences), batch)
     sum_over_ranks(worker, totals)
-    main, prediction, balance, count, flags, corrupt, *sources = totals.tolist()
+    main, prediction, balance, count, flags, corrupt, *rest = totals.tolist()
     if corrupt:
         raise CorruptExchange(_corrupt(worker, step))
     worker.optimizer.reduce(totals[3].clamp(min=1).to(torch.float32))
@@ -111,7 +124,7 @@ def measure(worker: Worker, batch: Batch, step: int, routes: Routes | None = Non
     layers = max(1, len(worker.job.model.moe_layers))
     tokens = max(1.0, count)
     means = (main / tokens, prediction / tokens, balance / (tokens * layers))
-    return Measured(*means, norm, int(flags), int(count), tuple(sources))
+    return Measured(*means, norm, int(flags), int(count), tuple(rest[:by_source]), tuple(rest[by_source:]))
 
 
 def add_by_source(found_S2: torch.Tensor, sequences_B2: torch.Tensor, batch: Batch) -> None:

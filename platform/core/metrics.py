@@ -118,6 +118,20 @@ TABLE: dict[str, Metric] = {
             "Share of wall time that rank 0 waits in communication",
         ),
         Metric(
+            "train_busy_seconds",
+            "Busy time per step",
+            "s",
+            "Time per step outside of collectives, waits for data included, of the median and of the slowest rank",
+            ("rank",),
+        ),
+        Metric("train_slowest_rank", "Slowest rank", "", "Rank with the longest busy time", digits=0),
+        Metric(
+            "train_slowest_rank_excess",
+            "Excess of the slowest rank",
+            "",
+            "Busy time of the slowest rank over that of the median rank, minus 1",
+        ),
+        Metric(
             "train_bias_range",
             "Router bias range",
             "",

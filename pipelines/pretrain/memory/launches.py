@@ -23,6 +23,9 @@ class _Event:
     def record(self) -> None:
         pass
 
+    def query(self) -> bool:
+        return True
+
     def synchronize(self) -> None:
         pass
 
